@@ -1,7 +1,8 @@
 """One registry for methods, tasks, bases, plots and queue backends.
 
 A member is added by adding a file to the registry's package: the package is scanned on first use, every
-module in it is imported and registers what it holds. Nothing else in the lab changes.
+module in it is imported and registers what it holds. Nothing else in the lab changes. Modules whose name
+starts with an underscore are not imported by the scan: what needs torch at import time lives there.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Registry(Generic[T]):
         if not self._scanned:
             self._scanned = True
             package = importlib.import_module(self.package)
-            for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+            for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"):
                 importlib.import_module(f"{self.package}.{module}")
             ordered = sorted(self._members.values(), key=lambda m: (getattr(m, "order", 100), m.id))
             self._members = {m.id: m for m in ordered}

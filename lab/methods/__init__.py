@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from lab.methods.spec import Knobs, Layer, Method, Paper, knob
 from lab.registry import Registry
 

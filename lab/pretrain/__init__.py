@@ -1,0 +1,1 @@
+"""How the embedded base (tiny SDXL and tiny CLIP) is made: `python -m lab.pretrain`."""

@@ -1,0 +1,135 @@
+"""What every stage shares: where files lie, checkpoints, learning rate, moving average, the loop."""
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import platformdirs
+import torch
+from torch import nn
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+SAVE_EVERY_S = 150.0
+
+
+def home() -> Path:
+    """Checkpoints and data: LAB_PRETRAIN_HOME, else the user's data folder; never the repository."""
+    default = Path(platformdirs.user_data_dir("nora-lab")) / "pretrain"
+    return Path(os.environ.get("LAB_PRETRAIN_HOME") or default)
+
+
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast():
+    """bf16: about four times faster for matrix products on processors that have it."""
+    return torch.autocast(device().type, dtype=torch.bfloat16)
+
+
+def save_atomic(obj: object, path: Path) -> None:
+    """A file that is there is whole: written aside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    torch.save(obj, aside)
+    os.replace(aside, path)
+
+
+def generator(*key: int) -> torch.Generator:
+    """Numbers that depend on the key alone, so that a resumed run draws what an uninterrupted one would."""
+    seed = 0
+    for part in key:
+        seed = (seed * 1_000_003 + part + 0x9E3779B9) % (2**63)
+    return torch.Generator().manual_seed(seed)
+
+
+def learning_rate(step: int, steps: int, peak: float, warm_up: int = 100, decay: float = 0.35) -> float:
+    """Warm-up, constant, and a cosine fall over the last share: more steps may be added before the fall."""
+    fall = int(steps * (1 - decay))
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    if step < fall:
+        return peak
+    done = (step - fall) / max(1, steps - fall)
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+class Ema:
+    """A moving average of a model's weights, slower as training goes on."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        weight = 1 - min(self.decay, (step + 1) / (step + 10))
+        kept, new = list(self.model.parameters()), list(model.parameters())
+        torch._foreach_lerp_(kept, [p.detach() for p in new], weight)
+        for buffer, source in zip(self.model.buffers(), model.buffers(), strict=True):
+            buffer.copy_(source)
+
+
+def optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; biases, norms and temperatures are not decayed."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
+
+
+class Trainer:
+    """One model, its optimizer and average, a checkpoint file, and the loop over steps."""
+
+    def __init__(self, stage: str, model: nn.Module, *, peak: float, weight_decay: float, ema: float):
+        self.path = home() / f"{stage}.pt"
+        self.stage, self.model, self.peak = stage, model.to(device()), peak
+        self.optimizer = optimizer(model, weight_decay)
+        self.ema = Ema(model, ema)
+        self.step, self.seconds = 0, 0.0
+        if self.path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        state = torch.load(self.path, map_location=device(), weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema.model.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        print(f"{self.stage}: resumed at step {self.step}, {self.seconds / 60:.1f} min", flush=True)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        save_atomic({"model": self.model.state_dict(), "ema": self.ema.model.state_dict(),
+                     "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}, self.path)
+
+    def run(self, steps: int, loss_fn: Callable[[int], tuple[torch.Tensor, dict[str, float]]],
+            evaluate: Callable[[], str] | None = None, log_every: int = 25, evaluate_every: int = 250) -> None:
+        """Train up to `steps` in all; loss_fn(step) gives the loss and numbers to print."""
+        saved = time.monotonic()
+        while self.step < steps:
+            began = time.monotonic()
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, steps, self.peak)
+            loss, report = loss_fn(self.step)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.ema.update(self.model, self.step)
+            self.step += 1
+            self.seconds += time.monotonic() - began
+            if self.step % log_every == 0:
+                numbers = "  ".join(f"{key} {value:.4g}" for key, value in report.items())
+                print(f"{self.stage} {self.step}/{steps}  {time.monotonic() - began:.2f} s  {numbers}", flush=True)
+            if evaluate and (self.step % evaluate_every == 0 or self.step == steps):
+                print(f"{self.stage} {self.step}: {evaluate()}", flush=True)
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                self.save()
+                saved = time.monotonic()
+        self.save()
