@@ -19,6 +19,7 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from lab import __version__
 from lab.errors import LabError
@@ -35,7 +36,7 @@ def commands() -> dict[str, ModuleType]:
 class _Parser(argparse.ArgumentParser):
     """Bad usage is one line on standard error, like every other bad input."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
