@@ -19,8 +19,8 @@ lint: .venv/.tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check --python .venv lab app.py
 
-bench: .venv/.runtime
-	$(BIN)/python -m lab bench
+bench: .venv/.runtime  ## ratios of every method to LoRA
+	$(BIN)/python -m lab bench methods
 
 screenshots: .venv/.tests
 	$(BIN)/python -m tests.screenshots
