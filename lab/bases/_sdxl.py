@@ -1,0 +1,97 @@
+"""Loading SDXL pipelines: Hub id, diffusers folder, or single file; safetensors only."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lab import device as devices
+from lab.errors import LabError
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+    from lab.bases import Base
+
+
+def load(base: Base, device: Any = None, dtype: Any = None) -> StableDiffusionXLPipeline:
+    """The base's pipeline, weights frozen. The last one loaded is kept: runs in one process share it.
+
+    device: default `lab.device.pick()`; dtype of the weights: default `lab.device.weights_dtype(device)`.
+    """
+    device = torch.device(device) if device is not None else devices.pick()
+    return _load(base.source, base.variant, base.vae, device, dtype or devices.weights_dtype(device))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(
+    source: str, variant: str | None, vae: str | None, device: torch.device, dtype: torch.dtype
+) -> StableDiffusionXLPipeline:
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+    parts: dict[str, Any] = {"vae": AutoencoderKL.from_pretrained(vae, torch_dtype=dtype)} if vae else {}
+    with _plain_errors(source), _quiet():
+        if Path(source).suffix == ".safetensors":
+            pipe = StableDiffusionXLPipeline.from_single_file(source, torch_dtype=dtype, **parts)
+        else:
+            pipe = StableDiffusionXLPipeline.from_pretrained(
+                source, torch_dtype=dtype, variant=variant, use_safetensors=True, **parts
+            )
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        if part is not None:
+            part.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@contextlib.contextmanager
+def _plain_errors(source: str) -> Any:
+    """Loading fails in many ways, deep inside three libraries; each becomes one sentence."""
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise LabError(
+            f"'{source}' is gated: accept its terms on huggingface.co and log in with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise LabError(f"There is no model '{source}' on the Hugging Face Hub, or it is private.") from error
+    except LocalEntryNotFoundError as error:
+        raise LabError(
+            f"'{source}' is not on this machine yet and the Hugging Face Hub cannot be reached: "
+            "check the network, or give a local folder."
+        ) from error
+    except torch.cuda.OutOfMemoryError as error:
+        raise LabError(
+            f"The GPU's memory does not hold '{source}': close what else uses it, or set LAB_DEVICE=cpu."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LabError(
+            f"'{source}' could not be loaded as a Stable Diffusion XL pipeline: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".") + "."
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Without the loaders' own progress bars and deprecation notes: runs report their own progress."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,40 @@
+"""The embedded base: SDXL's structure at 64 pixels, trained on captioned emoji scenes (`lab/pretrain`).
+
+Its presets come from a recorded sweep: `python -m lab bench subject_sweep` repeats it, `lab/bench/subject_sweep.csv`
+holds what it measured.
+"""
+
+from lab.bases import ASSETS, Base, register
+
+register(
+    Base(
+        id="tiny-sdxl",
+        name="Tiny SDXL (embedded)",
+        family="sdxl",
+        source=str(ASSETS / "tiny-sdxl"),
+        scorer=str(ASSETS / "tiny-clip"),
+        architecture="tiny-sdxl",
+        summary="SDXL's structure at 64 pixels, made for this lab: a comparison takes minutes on two processor cores.",
+        size_conditioning=False,
+        licence="Apache-2.0; trained on Noto Emoji (Apache-2.0), Twemoji (CC-BY 4.0) and Fluent Emoji (MIT)",
+        presets={
+            "subject": {
+                "steps": 150,
+                "batch": 4,
+                "sampling_steps": 25,
+                "guidance": 5.0,
+                "checkpoint_every": 50,
+                "preview_every": 25,
+                "prompts": [
+                    "a {subject} in the snow",
+                    "a {subject} on the beach",
+                    "a {subject} at night under the stars",
+                    "a {subject} under the sea",
+                ],
+            },
+            "learning_rates": {"lora": 2e-3, "nora": 5e-3},
+            "knobs": {"lora": {"r": 4}, "nora": {"r_outer": 64, "r_inner": 4}},
+        },
+        order=10,
+    )
+)
