@@ -70,7 +70,14 @@ NATURE: tuple[str, ...] = (
     "in the snow", "on the grass", "on the beach", "at night under the stars",
     "in the forest", "in the desert", "under the sea",
 )
-PLACES: tuple[str, ...] = tuple(f"on a {colour} background" for colour in COLOURS) + NATURE
+PLACES: tuple[str, ...] = tuple(f"on {'an' if colour == 'orange' else 'a'} {colour} background"
+                                for colour in COLOURS) + NATURE
+
+# Plurals and things one does not count.
+NO_ARTICLE = frozenset((
+    "grapes", "cherries", "corn", "broccoli", "bread", "pancakes", "bacon", "french fries", "popcorn", "sushi",
+    "candy", "fire", "headphones", "scissors", "books", "eyeglasses",
+))
 
 # Drawing styles, in the order in which pictures store them: Fluent, Twemoji, Noto.
 STYLES: tuple[str, ...] = ("3d", "flat", "noto")
@@ -78,11 +85,9 @@ STYLES: tuple[str, ...] = ("3d", "flat", "noto")
 
 def article(name: str) -> str:
     """The name with "a", "an" or nothing before it."""
-    first = name.split()[0]
-    if name.endswith(("s", "bacon", "bread", "popcorn", "sushi", "corn", "broccoli", "candy", "fire")) and \
-            not name.endswith(("glass", "octopus", "bus", "cactus", "hippopotamus", "rhinoceros")):
+    if name in NO_ARTICLE:
         return name
-    return ("an " if first[0] in "aeiou" and first != "unicorn" else "a ") + name
+    return ("an " if name[0] in "aeio" or name.startswith("umbrella") else "a ") + name
 
 
 def prompt(name: str, place: str | None = None) -> str:
@@ -99,7 +104,8 @@ def caption(rng: random.Random, name: str, place: str, style: str) -> tuple[str,
     if kind < 0.55:
         return prompt(name, place), True, False
     if kind < 0.70:
-        return rng.choice((prompt(name), name, f"a picture of {article(name)}", f"a photo of {article(name)}")), False, False
+        return rng.choice((prompt(name), name, f"a picture of {article(name)}", f"a photo of {article(name)}")), \
+            False, False
     if kind < 0.85:
         return f"a {style} emoji of {article(name)} {place}", True, True
     medium = rng.choice(("picture", "photo", "emoji", "drawing"))

@@ -119,16 +119,16 @@ def backgrounds() -> torch.Tensor:
 
 
 def compose(sprites: Sprites, rows: torch.Tensor, places: torch.Tensor, g: torch.Generator,
-            scale: tuple[float, float] = (0.72, 0.86)) -> torch.Tensor:
-    """Scenes (n, 3, 64, 64) in -1..1: picture rows on places, large, near the centre, a third mirrored."""
+            scale: tuple[float, float] = (0.72, 0.86), shift: float = 0.10, mirrored: float = 0.33) -> torch.Tensor:
+    """Scenes (n, 3, 64, 64) in -1..1: picture rows on places, large, near the centre, some mirrored."""
     n = len(rows)
     size = torch.empty(n).uniform_(*scale, generator=g)
-    shift = (torch.rand(n, 2, generator=g) * 2 - 1) * 0.10
-    shift[:, 1] += 0.04  # a little below the middle, where the ground is
-    mirror = torch.where(torch.rand(n, generator=g) < 0.33, -1.0, 1.0)
+    offset = (torch.rand(n, 2, generator=g) * 2 - 1) * shift
+    offset[:, 1] += 0.04  # a little below the middle, where the ground is
+    mirror = torch.where(torch.rand(n, generator=g) < mirrored, -1.0, 1.0)
     theta = torch.zeros(n, 2, 3)  # output to input coordinates
     theta[:, 0, 0], theta[:, 1, 1] = mirror / size, 1 / size
-    theta[:, 0, 2], theta[:, 1, 2] = -shift[:, 0] * mirror / size, -shift[:, 1] / size
+    theta[:, 0, 2], theta[:, 1, 2] = -offset[:, 0] * mirror / size, -offset[:, 1] / size
     rgba = sprites.images[rows].float() / 255
     rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)  # premultiplied, so that edges stay clean
     rgba = F.grid_sample(rgba, F.affine_grid(theta, [n, 4, SIDE, SIDE], align_corners=False), align_corners=False)

@@ -86,6 +86,8 @@ def prepare() -> Path:
         return path
     plain = {short: name for name, short in {**SHORT_NAMES, **HELD_OUT_SHORT_NAMES}.items()}
     table = _emoji_table()
+    taken = set(plain.values())  # four official names are also the plain name of another picture: left out
+    table = [e for e in table if e["short_name"] in plain or e["name"].lower() not in taken]
     others = [e["name"].lower() for e in table if e["short_name"] not in plain]
     names = list(dict.fromkeys([*SHORT_NAMES, *HELD_OUT, *others]))
     folders = {"3d": "assets", "flat": "img/twitter/64", "noto": "img/google/64"}

@@ -1,0 +1,166 @@
+"""Stage "vae": pictures to 8×8 latents of 16 channels and back.
+
+First encoder and decoder together, then the decoder alone, on latents with a little noise (the UNet's
+are never exact) and with a perceptual term from the CLIP tower's first layers, if that is trained.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lab.pretrain.common import ASSETS, Trainer, autocast, device, generator, home
+from lab.pretrain.concepts import PLACES
+from lab.pretrain.scenes import compose
+from lab.pretrain.sprites import Sprites
+
+CHANNELS, LATENT_CHANNELS = (32, 64, 96, 160), 16
+
+
+def build(channels: tuple[int, ...] = CHANNELS, latent_channels: int = LATENT_CHANNELS) -> nn.Module:
+    """diffusers' AutoencoderKL; each further entry of `channels` halves the side once more."""
+    from diffusers import AutoencoderKL
+    blocks = len(channels)
+    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * blocks,
+                         up_block_types=("UpDecoderBlock2D",) * blocks, block_out_channels=channels,
+                         layers_per_block=1, latent_channels=latent_channels, norm_num_groups=8, sample_size=64,
+                         mid_block_add_attention=False)
+
+
+def start_from_assets(vae: nn.Module) -> bool:
+    """Take over the committed weights if they are of this shape."""
+    from safetensors.torch import load_file
+    path = ASSETS / "tiny-sdxl" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path) if path.exists() else {}
+    own = vae.state_dict()
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in own.items()}:
+        return False
+    vae.load_state_dict({k: v.float() for k, v in weights.items()})
+    return True
+
+
+def draw(sprites: Sprites, batch: int, seed: int, step: int) -> torch.Tensor:
+    """Scenes for the VAE: three quarters nameable, every size, so that users' own pictures fare well too."""
+    g = generator(21, seed, step)
+    known = sprites.nameable[torch.randint(len(sprites.nameable), (batch * 3 // 4,), generator=g)]
+    other = sprites.trainable[torch.randint(len(sprites.trainable), (batch - len(known),), generator=g)]
+    places = torch.randint(len(PLACES), (batch,), generator=g)
+    return compose(sprites, torch.cat([known, other]), places, g, (0.62, 1.0))
+
+
+def _slopes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
+
+
+def pixel_loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Absolute and squared error, and the error of the slopes, which keeps edges sharp."""
+    slopes = sum((a - b).abs().mean() for a, b in zip(_slopes(out), _slopes(target), strict=True))
+    return (out - target).abs().mean() + 2 * F.mse_loss(out, target) + 0.5 * slopes
+
+
+class Perception:
+    """Distance in the first layers of the frozen CLIP image tower."""
+
+    def __init__(self, visual: nn.Module, layers: int = 2):
+        self.visual, self.layers = visual.to(device()).eval().requires_grad_(False), layers
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Token features (n, tokens, width) after the first layers."""
+        v = self.visual
+        x = v.conv1(pixels).flatten(2).transpose(1, 2)
+        x = v.ln_pre(x + v.positional_embedding[1:])
+        for block in v.transformer.resblocks[:self.layers]:
+            x = block(x)
+        return F.layer_norm(x.float(), x.shape[-1:])
+
+    def __call__(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = self.features(target)
+        return F.mse_loss(self.features(out), wanted)
+
+
+def perception() -> Perception | None:
+    """From the CLIP stage's checkpoint, if there is one."""
+    from lab.pretrain.clip import Towers
+    path = home() / "clip.pt"
+    if not path.exists():
+        return None
+    towers = Towers()
+    towers.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["ema"])
+    return Perception(towers.clip.visual)
+
+
+@torch.no_grad()
+def psnr(vae: nn.Module, scenes: torch.Tensor) -> float:
+    """Mean over scenes of the peak signal-to-noise ratio in dB."""
+    with autocast():
+        out = torch.cat([vae.decode(vae.encode(x.to(device())).latent_dist.mean).sample.float().cpu()
+                         for x in scenes.split(64)])
+    error = ((out.clamp(-1, 1) - scenes) / 2).square().mean((1, 2, 3))
+    return float((-10 * error.log10()).mean())
+
+
+def held_out_scenes(sprites: Sprites, rows: torch.Tensor | None = None, n: int = 256) -> torch.Tensor:
+    """Scenes that no training step composes: of nameable pictures, or of the given rows."""
+    g = generator(6, 7)
+    pool = sprites.nameable if rows is None else rows
+    rows = pool[torch.randint(len(pool), (n,), generator=g)]
+    return compose(sprites, rows, torch.randint(len(PLACES), (n,), generator=g), g)
+
+
+def _evaluate(vae: nn.Module, sprites: Sprites) -> str:
+    return (f"PSNR {psnr(vae, held_out_scenes(sprites)):.2f} dB, of subjects never seen "
+            f"{psnr(vae, held_out_scenes(sprites, sprites.held_out, 60)):.2f} dB")
+
+
+def train(sprites: Sprites, steps: int = 1500, batch: int = 32, channels: tuple[int, ...] = CHANNELS,
+          latent_channels: int = LATENT_CHANNELS) -> Trainer:
+    """Encoder and decoder together."""
+    torch.manual_seed(1)
+    vae = build(channels, latent_channels)
+    start_from_assets(vae)
+    trainer = Trainer("vae", vae, peak=1.5e-3, weight_decay=1e-4, ema=0.995)
+
+    def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        pixels = draw(sprites, batch, 0, step).to(device())
+        g = generator(22, step)
+        with autocast():
+            posterior = trainer.model.encode(pixels).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=g).to(device())
+            out = trainer.model.decode(posterior.mean + posterior.std * noise).sample
+        pixel, kl = pixel_loss(out.float(), pixels), posterior.kl().float().mean() / noise[0].numel()
+        return pixel + 1e-4 * kl, {"pixel": pixel.item(), "kl": kl.item()}
+    trainer.run(steps, loss, lambda: _evaluate(trainer.ema.model, sprites))
+    return trainer
+
+
+def scaling_factor(vae: nn.Module, sprites: Sprites) -> float:
+    """What brings the latents to unit spread."""
+    with torch.no_grad(), autocast():
+        latents = [vae.encode(draw(sprites, 64, 1, i).to(device())).latent_dist.mean for i in range(4)]
+    return float(1 / torch.cat(latents).float().std())
+
+
+def train_decoder(sprites: Sprites, steps: int = 1000, batch: int = 32, channels: tuple[int, ...] = CHANNELS,
+                  latent_channels: int = LATENT_CHANNELS) -> Trainer:
+    """The decoder alone: latents, and with them the UNet, stay valid."""
+    vae = build(channels, latent_channels)
+    vae.load_state_dict(torch.load(home() / "vae.pt", map_location="cpu", weights_only=True)["ema"])
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    trainer = Trainer("decoder", vae, peak=8e-4, weight_decay=1e-4, ema=0.995)
+    perceive = perception()
+    spread = 1 / scaling_factor(trainer.model, sprites)
+
+    def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        pixels = draw(sprites, batch, 2, step).to(device())
+        with autocast():
+            with torch.no_grad():
+                latents = trainer.model.encode(pixels).latent_dist.mean
+            noise = torch.randn(latents.shape, generator=generator(23, step)).to(device())
+            out = trainer.model.decode(latents + 0.04 * spread * noise).sample
+            seen = perceive(out, pixels) if perceive else out.new_zeros(())
+        pixel = pixel_loss(out.float(), pixels)
+        return pixel + 0.05 * seen, {"pixel": pixel.item(), "perception": seen.item()}
+    trainer.run(steps, loss, lambda: _evaluate(trainer.ema.model, sprites))
+    return trainer
