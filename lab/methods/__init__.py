@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lab.methods.spec import Knobs, Layer, Method, Paper, knob
 from lab.registry import Registry
 
@@ -12,3 +14,14 @@ METHODS: Registry[Method] = Registry("method", "lab.methods")
 register = METHODS.register
 
 __all__ = ["METHODS", "Knobs", "Layer", "Method", "Paper", "knob", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    """NoraConfig and its like: the PEFT configuration of each of the lab's own methods, made on first use."""
+    if name.endswith("Config"):
+        for method in METHODS:
+            if method.own and name.lower() == f"{method.peft_name}config":
+                from lab.methods._tuner import config_class
+
+                return config_class(method)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -203,5 +203,16 @@ class Method:
         """A term to add to the loss, or None."""
         return None
 
+    def before_step(self, model: torch.nn.Module, step: int, steps: int) -> None:
+        """Called before each step's forward pass (a rank drawn for the step, what is frozen by now): sets what
+        depends on the step, and on nothing before it, so that a resumed run goes on as it would have."""
+
     def after_step(self, model: torch.nn.Module, step: int, steps: int) -> None:
         """Called after each optimizer step (rank allocation, proximal steps)."""
+
+    def state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """What training changes beside the trainable parameters, for checkpoints (rank masks, running averages)."""
+        return {}
+
+    def load_state(self, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `state` gave."""
