@@ -59,7 +59,7 @@ class Run:
     steps: int
     rate: float | None
     eta_s: float | None
-    message: str  # one sentence when failed
+    message: str  # one sentence: why it failed, or what it waits for
     created: float
     started: float | None  # of the latest attempt
     finished: float | None

@@ -48,6 +48,7 @@ class Attempt(Protocol):
 class Backend(Protocol):
     id: str
     name: str
+    detached: bool  # attempts go on when their worker ends
 
     def devices(self) -> Sequence[str]:
         """Names of what needs a worker each."""

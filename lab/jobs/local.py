@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -43,6 +44,7 @@ class LocalAttempt:
 class Local:
     id = "local"
     name = "This machine"
+    detached = False
     order = 0
 
     def devices(self) -> Sequence[str]:
@@ -81,6 +83,8 @@ class Local:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        with contextlib.suppress(OSError):  # a full disk: only `find` needs it, after a crash of ours
+            (orders.folder / "pid").write_text(str(process.pid))
         return LocalAttempt(process)
 
     def find(self, orders: Orders) -> Attempt | None:

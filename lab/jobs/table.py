@@ -164,11 +164,11 @@ class Table:
                     "UPDATE comparisons SET bytes = ? WHERE id = (SELECT comparison FROM runs WHERE id = ?)", bytes, id
                 )
 
-    def requeue(self, id: str, phase: str, counted: bool = True) -> None:
+    def requeue(self, id: str, phase: str, message: str = "", counted: bool = True) -> None:
         """Put a running run back at its old place; `counted=False`: the attempt was ended by us, it does not count."""
         self.write(
             "UPDATE runs SET state = CASE WHEN cancel = 1 THEN 'cancelled' ELSE 'queued' END, phase = ?, worker = '', "
-            "rate = NULL, eta = NULL, attempt = attempt - ?, finished = CASE WHEN cancel = 1 THEN ? END "
-            "WHERE id = ? AND state = 'running'",
-            *(phase, 0 if counted else 1, time.time(), id),
+            "message = CASE WHEN cancel = 1 THEN '' ELSE ? END, rate = NULL, eta = NULL, attempt = attempt - ?, "
+            "finished = CASE WHEN cancel = 1 THEN ? END, cancel = 0 WHERE id = ? AND state = 'running'",
+            *(phase, message, 0 if counted else 1, time.time(), id),
         )

@@ -50,7 +50,7 @@ def _start(home: Path, backend: Backend, device: str) -> int:
     log = path.with_suffix(".log")
     if log.exists() and log.stat().st_size > LOG_BYTES:
         log.replace(log.with_suffix(".log.1"))
-    command = [sys.executable, "-m", "lab", "jobs", "worker", "--device", device]
+    command = [sys.executable, "-m", "lab.jobs.worker", "--device", device]
     environment = os.environ | {"LAB_HOME": str(home), "LAB_BACKEND": backend.id, "PYTHONUNBUFFERED": "1"}
     with log.open("ab") as output:
         process = subprocess.Popen(

@@ -1,0 +1,178 @@
+"""One attempt at one run, in a process of its own: `python -m lab.jobs.child RUN_ID`.
+
+Reads its orders (attempts/RUN_ID.json under LAB_HOME), calls `Task.run`, writes into the run's folder: progress.json
+(at most four times a second), result.json, and last outcome.json, how it ended. It never opens the table, so it may
+run on any machine that sees the folder. Whatever way it dies, its worker knows.
+
+LAB_EXTRA_TASKS names modules (between commas) that register further tasks: for whoever starts the lab, never for a
+visitor, because it runs code.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from lab.errors import LabError
+from lab.jobs import disk, processes, reading
+from lab.tasks import TASKS, Cancelled, PlannedRun
+
+WRITE_SECONDS = 0.25
+BEAT_SECONDS = 1.0
+# Exit codes, for when even outcome.json could not be written.
+DONE, FAILED, CANCELLED, DISK_FULL, NO_MEMORY = 0, 1, 3, 4, 5
+OUT_OF_MEMORY = (
+    "Memory ran out: choose a smaller batch, resolution or rank, or close other programs, and press Retry; "
+    "the run goes on from its last checkpoint."
+)
+
+
+class Progress:
+    """The `report` that a task calls at every step: passes it on, throttled, and stops the run when asked to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stopping = False
+        self._phase = "loading"
+        self._written = 0.0
+        self._seen: deque[tuple[float, int]] = deque(maxlen=40)  # about the last ten seconds
+
+    def __call__(self, step: int, steps: int, **values: Any) -> None:
+        if self.stopping:
+            raise Cancelled
+        now, phase = time.monotonic(), str(values.get("phase", self._phase))[:60]
+        fresh = phase != self._phase or (bool(self._seen) and step < self._seen[-1][1])
+        if not fresh and step < steps and now - self._written < WRITE_SECONDS:
+            return
+        if fresh:
+            self._seen.clear()
+        self._seen.append((now, step))
+        self._phase, self._written = phase, now
+        self.write(step, steps)
+
+    def write(self, step: int, steps: int) -> None:
+        (t0, first), (t1, last) = (self._seen[0], self._seen[-1]) if self._seen else ((0.0, 0), (0.0, 0))
+        rate = (last - first) / (t1 - t0) if last > first and t1 - t0 > 0.05 else None
+        values = {
+            "phase": self._phase,
+            "step": int(step),
+            "steps": int(steps),
+            "rate": rate,
+            "eta": (steps - step) / rate if rate else None,  # of this phase
+        }
+        try:
+            reading.write_json(self.path, values)
+        except OSError:  # a full disk: the run itself will meet it where it matters, when it saves
+            return
+
+    def beat(self) -> None:
+        """A sign of life between two steps."""
+        try:
+            os.utime(self.path)
+        except OSError:
+            return
+
+
+def main(arguments: list[str]) -> int:
+    parent = int(os.environ.get("LAB_PARENT", "0"))
+    if parent:
+        if not processes.die_with(parent):
+            return CANCELLED
+        processes.volunteer_for_oom()
+        os.nice(5)  # the page on the same cores stays quick
+    faulthandler.enable()  # a segmentation fault leaves its stack in the log
+    from lab.runs import default_home
+
+    home = default_home()
+    orders = json.loads((home / "attempts" / f"{Path(arguments[0]).name}.json").read_text(encoding="utf-8"))
+    folder = home / orders["folder"]
+    print(f"--- attempt {orders['attempt']}, {time.strftime('%Y-%m-%d %H:%M:%S')} ---", flush=True)
+    progress = Progress(folder / "progress.json")
+    signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "stopping", True))
+    progress.write(0, 0)
+    threading.Thread(target=_watch, args=(progress, parent), daemon=True).start()
+    try:
+        reading.write_json(folder / "result.json", _finite(_run(home, orders, folder, progress)))
+    except BaseException as error:  # a task's SystemExit too
+        code, message = explain(error, folder)
+    else:
+        code, message = DONE, ""
+    return _tell(folder, orders["attempt"], code, message)
+
+
+def _run(home: Path, orders: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+    for module in filter(None, os.environ.get("LAB_EXTRA_TASKS", "").split(",")):
+        importlib.import_module(module.strip())
+    planned = PlannedRun(orders["method"], orders["seed"], orders["knobs"])
+    return TASKS[orders["task"]].run(orders["spec"], planned, home / orders["inputs"], folder, progress)
+
+
+def explain(error: BaseException, folder: Path) -> tuple[int, str]:
+    """Exit code and one sentence for what ended the run; prints the stack to the log where it says more."""
+    if isinstance(error, Cancelled | KeyboardInterrupt):
+        return CANCELLED, ""
+    if isinstance(error, LabError):
+        return FAILED, _one_line(str(error))
+    traceback.print_exception(error)
+    if disk.is_full(error):
+        return DISK_FULL, disk.sentence(folder)
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return NO_MEMORY, OUT_OF_MEMORY
+    first = _one_line(str(error).strip().partition("\n")[0])
+    return FAILED, f"The run stopped on an error ({type(error).__name__}: {first[:200]}); its log says where."
+
+
+def _tell(folder: Path, attempt: int, code: int, message: str) -> int:
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    state = {DONE: "done", CANCELLED: "cancelled"}.get(code, "failed")
+    try:
+        reading.write_json(folder / "outcome.json", {"attempt": attempt, "state": state, "message": message})
+    except OSError as error:
+        # The exit code alone has to say it. Without an outcome a run is not done, so "done" becomes what went wrong.
+        traceback.print_exc()
+        return code or (DISK_FULL if disk.is_full(error) else FAILED)
+    return code
+
+
+def _watch(progress: Progress, parent: int) -> None:
+    """Signs of life for as long as the process runs; and where the system does not kill it with its worker, this does."""
+    while True:
+        time.sleep(BEAT_SECONDS)
+        progress.beat()
+        if parent and os.getppid() != parent:
+            if os.getpgrp() == os.getpid():
+                os.killpg(os.getpid(), signal.SIGKILL)
+            os._exit(CANCELLED)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:600]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: None instead, so that every reader can read it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # nothing is left to do: no waiting for threads or for CUDA to unload

@@ -1,0 +1,325 @@
+"""The queue with real processes, really killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lab.jobs import BACKENDS, ensure_worker, processes, workers
+from lab.runs import Run, Store
+from tests import queue_task
+
+ME = "me"
+PATIENCE = 45.0  # seconds: the machine may be busy
+
+
+def wait(test: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := test():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"waited {seconds:g} s for {what}")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("LAB_EXTRA_TASKS", "tests.queue_task")
+    monkeypatch.setenv("LAB_HOME", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("LAB_MIN_FREE_MB", "0")
+    monkeypatch.delenv("LAB_BACKEND", raising=False)
+    monkeypatch.setattr(workers, "AGAIN_SECONDS", 0.0)
+    yield tmp_path
+    for lock in tmp_path.glob("worker-*.lock"):
+        if pid := processes.holder(lock):
+            os.kill(pid, signal.SIGKILL)
+            wait(lambda lock=lock: not processes.held(lock), "the worker's end")
+
+
+@pytest.fixture
+def store(home: Path) -> Store:
+    return Store(home)
+
+
+def submit(store: Store, owner: str = ME, **spec: Any) -> list[Run]:
+    pictures = [Image.new("RGB", (20, 20), (10 * n, 0, 0)) for n in range(3)]
+    return store.comparison(owner, store.submit(owner, "toy", spec, pictures)).runs
+
+
+def ended(store: Store, run: Run, owner: str = ME) -> Run:
+    return wait(lambda: (r := store.run(owner, run.id)).over and r, f"the end of {run.method}")
+
+
+def at_step(store: Store, run: Run, step: int) -> Run:
+    return wait(lambda: (r := store.run(ME, run.id)).state == "running" and r.step >= step and r, f"step {step}")
+
+
+def drain(home: Path) -> None:
+    """Be the worker, in a process of its own, until the queue is empty."""
+    subprocess.run([sys.executable, "-m", "lab.jobs.worker", "--drain"], check=True, timeout=PATIENCE, cwd=workers.ROOT)
+
+
+def child_pid(run: Run) -> int:
+    return int((run.folder / "pid").read_text())
+
+
+def worker_pid(home: Path) -> int:
+    return wait(lambda: processes.holder(workers.lock_path(home, "local", "main")), "a worker")
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_runs_are_done_one_after_another_the_base_first(store: Store, home: Path) -> None:
+    runs = submit(store, methods={"lora": {}, "nora": {}}, seeds=[0, 1])
+    drain(home)
+    runs = store.comparison(ME, runs[0].comparison).runs
+    assert [r.state for r in runs] == ["done"] * 5
+    assert [r.method for r in sorted(runs, key=lambda r: r.started)] == ["base", "lora", "lora", "nora", "nora"]
+    assert all(a.finished <= b.started for a, b in zip(runs, runs[1:], strict=False))
+    assert runs[0].result() == {"value": 0, "pictures": 3}
+    assert runs[2].result() == {"value": queue_task.expected(1, 6), "began_at": 0, "nan": None}
+    assert [m["step"] for m in store.metrics(ME, runs[1].id)] == list(range(6))
+    assert store.log_tail(ME, runs[1].id).startswith("--- attempt 1")
+    assert store.comparison(ME, runs[0].comparison).state == "done"
+    assert store.comparison(ME, runs[0].comparison).bytes > 500
+    assert not list((home / "attempts").iterdir())
+
+
+def test_progress_reaches_the_row(store: Store, home: Path) -> None:
+    run = submit(store, steps=400, seconds=0.02)[1]
+    ensure_worker(home)
+    seen = at_step(store, run, 60)
+    assert (seen.phase, seen.steps, seen.attempt) == ("training", 400, 1)
+    assert 5 < seen.rate < 50  # 50 is what sleeping allows
+    assert seen.eta_s == pytest.approx((400 - seen.step) / seen.rate, rel=0.01)
+    assert time.time() - seen.heartbeat < 10
+    adjusted = int(Path(f"/proc/{child_pid(run)}/oom_score_adj").read_text())
+    assert adjusted > int(Path("/proc/self/oom_score_adj").read_text())
+
+
+@pytest.mark.parametrize("do", ["", "deaf"])
+def test_cancel_within_two_seconds(store: Store, home: Path, do: str) -> None:
+    knobs = {"do": do, "at": 4} if do else {}
+    running, waiting = submit(store, steps=5000, seconds=0.05, methods={"lora": knobs, "nora": {}})[1:]
+    ensure_worker(home)
+    at_step(store, running, 3)
+    if do:
+        wait(lambda: (running.folder / "helper").exists(), "the deaf run")
+    pid = child_pid(running)
+    began = time.monotonic()
+    assert store.cancel(ME, waiting.id).state == "cancelled"  # at once
+    assert store.cancel(ME, running.id).cancelling
+    run = ended(store, running)
+    assert time.monotonic() - began < 2.0
+    assert (run.state, run.message, run.cancelling) == ("cancelled", "", False)
+    assert not alive(pid)
+    if do:
+        wait(lambda: not alive(int((running.folder / "helper").read_text())), "the end of what it had started")
+
+
+def test_killed_child_resumes_from_its_checkpoint(store: Store, home: Path) -> None:
+    run = submit(store, steps=60, seconds=0.03)[1]
+    ensure_worker(home)
+    at_step(store, run, 20)
+    os.kill(child_pid(run), signal.SIGKILL)
+    done = ended(store, run)
+    assert (done.state, done.attempt, done.message) == ("done", 2, "")
+    assert done.result()["began_at"] >= 18
+    assert done.result()["value"] == queue_task.expected(0, 60)
+    assert [m["step"] for m in store.metrics(ME, run.id)] == list(range(60))
+
+
+def test_killed_worker_takes_its_child_along_and_the_next_goes_on(store: Store, home: Path) -> None:
+    run, after = submit(store, steps=60, seconds=0.03, seeds=[0, 1])[1:]
+    ensure_worker(home)
+    at_step(store, run, 20)
+    first, child = worker_pid(home), child_pid(run)
+    os.kill(first, signal.SIGKILL)
+    wait(lambda: not alive(child), "the child's end")
+    assert store.run(ME, run.id).state == "running"  # nobody is there to say otherwise
+    assert wait(lambda: ensure_worker(home), "a new worker") == 1
+    assert worker_pid(home) != first
+    done = ended(store, run)
+    assert (done.state, done.attempt) == ("done", 2)
+    assert done.result()["value"] == queue_task.expected(0, 60)
+    assert done.result()["began_at"] >= 18
+    assert ended(store, after).attempt == 1
+
+
+def test_page_killed_the_run_goes_on(store: Store, home: Path) -> None:
+    run = submit(store, steps=60, seconds=0.03)[1]
+    page = "import os, time; from lab.jobs import ensure_worker; from lab.runs import default_home; " + (
+        "ensure_worker(default_home()); print('up', flush=True); time.sleep(300)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", page], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert process.stdout.readline() == b"up\n"
+        at_step(store, run, 10)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the page and everything in its group
+        process.communicate()
+    done = ended(store, run)
+    assert (done.state, done.attempt) == ("done", 1)
+    assert ensure_worker(home) == 0  # the same worker still
+
+
+def test_worker_told_to_end_puts_its_run_back(store: Store, home: Path) -> None:
+    run = submit(store, steps=80, seconds=0.03)[1]
+    ensure_worker(home)
+    at_step(store, run, 20)
+    os.kill(worker_pid(home), signal.SIGTERM)
+    back = wait(lambda: (r := store.run(ME, run.id)).state == "queued" and r, "the run in the queue")
+    assert (back.attempt, back.position) == (0, 1)  # does not count
+    drain(home)
+    assert store.run(ME, run.id).result()["value"] == queue_task.expected(0, 80)
+    assert store.run(ME, run.id).result()["began_at"] >= 18
+
+
+CRASHES = {
+    "segfault": "The run crashed (segmentation fault), 3 times",
+    "kill": "The run was stopped by the system, most likely out of memory, 3 times: choose a smaller batch",
+}
+REFUSALS = {
+    "refuse": "The pictures are all of the same wall: send others.",
+    "error": "The run stopped on an error (RuntimeError: the frobnicator); its log says where.",
+    "memory": "Memory ran out",
+    "cuda": "Memory ran out",
+    "full": "The disk is full",
+    "safetensors": "The disk is full",
+    "limit": "The disk is full",
+    "exit": "The run ended with exit code 7",
+    "leave": "The run stopped on an error (SystemExit: 0)",
+}
+
+
+def test_each_bad_end_is_one_sentence_and_the_queue_goes_on(store: Store, home: Path) -> None:
+    runs = submit(store, methods={do: {"do": do} for do in CRASHES | REFUSALS} | {"last": {}})
+    drain(home)
+    by_method = {run.method: store.run(ME, run.id) for run in runs}
+    assert by_method["last"].state == by_method["base"].state == "done"
+    for do, sentence in (CRASHES | REFUSALS).items():
+        run = by_method[do]
+        assert (run.state, run.attempt) == ("failed", 3 if do in CRASHES else 1), do
+        assert run.message.startswith(sentence), (do, run.message)
+        assert "\n" not in run.message
+        assert str(home) not in run.message + store.log_tail(ME, run.id)
+        assert json.loads((run.folder / "checkpoint.json").read_text())[0] >= 2  # nothing saved is lost
+    assert "misbehave" in store.log_tail(ME, by_method["segfault"].id)  # the stack
+    assert "misbehave" in store.log_tail(ME, by_method["error"].id)
+    assert store.comparison(ME, runs[0].comparison).state == "failed"
+
+
+def test_failed_run_goes_on_after_retry(store: Store, home: Path) -> None:
+    run = submit(store, methods={"lora": {"do": "full", "once": True}}, steps=10)[1]
+    drain(home)
+    assert store.run(ME, run.id).state == "failed"
+    assert store.retry(ME, run.id).state == "queued"
+    drain(home)
+    done = store.run(ME, run.id)
+    assert (done.state, done.message, done.attempt) == ("done", "", 1)
+    assert done.result()["value"] == queue_task.expected(0, 10)
+    assert done.result()["began_at"] == 4
+
+
+def test_interrupted_too_often_is_failed(store: Store, home: Path) -> None:
+    run = submit(store)[1]
+    for attempt in range(1, 4):
+        while store._table.claim("local-main")["id"] != run.id:  # as workers do that are killed at once
+            store._table.finish(store._table.running()[0]["id"], "done")
+        drain_state = store.run(ME, run.id)
+        assert (drain_state.state, drain_state.attempt) == ("running", attempt)
+        from lab.jobs.worker import Worker
+
+        worker = Worker(home, BACKENDS["local"], "main")
+        worker.table = store._table
+        worker._adopt("local-main")
+    failed = store.run(ME, run.id)
+    assert failed.state == "failed"
+    assert failed.message.startswith("The run was interrupted (the computer or the worker stopped), 3 times")
+
+
+def test_cancelled_while_nobody_works(store: Store, home: Path) -> None:
+    run = submit(store, steps=5000, seconds=0.05)[1]
+    ensure_worker(home)
+    at_step(store, run, 3)
+    os.kill(worker_pid(home), signal.SIGKILL)
+    assert store.cancel(ME, run.id).cancelling
+    drain(home)
+    assert store.run(ME, run.id).state == "cancelled"
+
+
+def test_result_that_nobody_wrote_down_is_not_done_again(store: Store, home: Path) -> None:
+    base, run = submit(store)
+    store._table.claim("local-main")
+    base.folder.mkdir(parents=True)
+    (base.folder / "result.json").write_text("{}")
+    (base.folder / "outcome.json").write_text(json.dumps({"attempt": 1, "state": "done", "message": ""}))
+    drain(home)
+    assert store.run(ME, base.id).state == "done"
+    assert store.run(ME, base.id).result() == {}  # the task would have written more
+    assert store.run(ME, run.id).state == "done"
+
+
+def test_run_of_a_worker_that_is_no_more_is_taken_over(store: Store, home: Path) -> None:
+    base = submit(store)[0]
+    store._table.claim("local-7")  # a GPU that was taken out
+    drain(home)
+    assert store.run(ME, base.id).state == "done"
+    assert store.run(ME, base.id).attempt == 2
+
+
+def test_one_worker_a_device(store: Store, home: Path) -> None:
+    ensure_worker(home)
+    pid = worker_pid(home)
+    assert ensure_worker(home) == 0
+    drain(home)  # another worker leaves at once
+    assert worker_pid(home) == pid
+    assert workers.status(home, BACKENDS["local"]) == [{"device": "main", "running": True, "pid": pid}]
+    assert os.getsid(pid) == pid  # detached
+
+
+def test_worker_leaves_when_idle_and_none_is_left_waiting(
+    store: Store, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAB_WORKER_IDLE_SECONDS", "0")
+    ensure_worker(home)
+    wait(lambda: not processes.held(workers.lock_path(home, "local", "main")), "the worker's leave")
+    run = submit(store)[1]
+    wait(lambda: ensure_worker(home) or store.run(ME, run.id).over, "a worker")
+    assert ended(store, run).state == "done"
+
+
+def test_owners_take_turns(store: Store, home: Path) -> None:
+    many = submit(store, owner="many", seeds=list(range(8)))
+    few = submit(store, owner="few")
+    assert store.run("few", few[0].id).position == 2  # not 10
+    drain(home)
+    order = sorted(store.runs("many") + store.runs("few"), key=lambda r: r.started)
+    assert [r.comparison == few[0].comparison for r in order[:4]] == [False, True, False, True]
+    assert {r.state for r in order} == {"done"}
+    assert len(many) == 9
+
+
+def test_unknown_backend_is_one_sentence(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lab.errors import LabError
+
+    monkeypatch.setenv("LAB_BACKEND", "slurm")
+    with pytest.raises(LabError, match="Unknown queue backend 'slurm'"):
+        ensure_worker(home)
