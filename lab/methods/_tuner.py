@@ -138,7 +138,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _names(model: nn.Module) -> str:
     """The last parts of the names of adaptable layers, for error messages."""
-    names = [n for n, m in _modules(model) if isinstance(m, ADAPTABLE) or isinstance(m, BaseTunerLayer)]
+    names = [n for n, m in _modules(model) if isinstance(m, (*ADAPTABLE, BaseTunerLayer))]
     short = list(
         dict.fromkeys(".".join(n.split(".")[-2:]) if n.split(".")[-1].isdigit() else n.split(".")[-1] for n in names)
     )
