@@ -10,7 +10,6 @@ from lab.methods.builtin import PeftMethod
 from lab.methods.spec import Knobs, Layer, Paper, knob
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftConfig
 
 
