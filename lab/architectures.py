@@ -346,5 +346,22 @@ def from_hub(repo: str) -> Architecture:
     raise LabError(f"{repo} has no {' or '.join(_HUB_FILES)}.")
 
 
+def resolve(name: str) -> Architecture:
+    """What a command line names: a shipped id, a path to a config.json or to a table of shapes, or a model of the
+    Hub as owner/model. Raises LabError when it is none of them."""
+    path = Path(name)
+    if path.suffix in (".json", ".txt", ".csv", ".tsv") and path.is_file():
+        if path.stat().st_size > MAX_BYTES:
+            raise LabError(
+                f"{name} has {path.stat().st_size / 1e6:.1f} MB: at most {MAX_BYTES // 1_000_000} MB is read."
+            )
+        if path.suffix == ".json":
+            return from_config(path.read_bytes(), path.name)
+        return from_table(path.read_text(encoding="utf-8", errors="replace"), path.name)
+    if "/" in name and path.suffix != ".json":
+        return from_hub(name)
+    return load(name)
+
+
 def shapes(rows: Sequence[Row]) -> list[Layer]:
     return [row.layer for row in rows]
