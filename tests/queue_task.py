@@ -66,9 +66,9 @@ class Toy:
 
 
 def misbehave(knobs: dict[str, Any], step: int, folder: Path) -> None:
-    """Do what the knob `do` says at step `at`, every time or (`once`) in the first attempt only."""
+    """Do what the knob `do` says from step `at` on, every time or (`once`) in the first attempt only."""
     before = folder / "misbehaved"
-    if step != knobs.get("at", 3) or (knobs.get("once") and before.exists()):
+    if step < knobs.get("at", 3) or (knobs.get("once") and before.exists()):
         return
     before.touch()
     match knobs.get("do"):
@@ -102,9 +102,7 @@ def misbehave(knobs: dict[str, Any], step: int, folder: Path) -> None:
             helper = subprocess.Popen(["sleep", "300"])
             (folder / "helper").write_text(str(helper.pid))
             time.sleep(300)
-        case "hang":
-            time.sleep(300)
-    if "do" in knobs and knobs["do"] not in ("hang",):
+    if "do" in knobs:
         raise OSError(errno.EINVAL, f"'{knobs['do']}' did not do what it says")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from lab.jobs import BACKENDS, ensure_worker, processes, workers
+from lab.jobs.worker import Worker
 from lab.runs import Run, Store
 from tests import queue_task
 
@@ -92,7 +94,7 @@ def test_runs_are_done_one_after_another_the_base_first(store: Store, home: Path
     runs = store.comparison(ME, runs[0].comparison).runs
     assert [r.state for r in runs] == ["done"] * 5
     assert [r.method for r in sorted(runs, key=lambda r: r.started)] == ["base", "lora", "lora", "nora", "nora"]
-    assert all(a.finished <= b.started for a, b in zip(runs, runs[1:], strict=False))
+    assert all(a.finished <= b.started for a, b in itertools.pairwise(runs))
     assert runs[0].result() == {"value": 0, "pictures": 3}
     assert runs[2].result() == {"value": queue_task.expected(1, 6), "began_at": 0, "nan": None}
     assert [m["step"] for m in store.metrics(ME, runs[1].id)] == list(range(6))
@@ -245,8 +247,6 @@ def test_interrupted_too_often_is_failed(store: Store, home: Path) -> None:
             store._table.finish(store._table.running()[0]["id"], "done")
         drain_state = store.run(ME, run.id)
         assert (drain_state.state, drain_state.attempt) == ("running", attempt)
-        from lab.jobs.worker import Worker
-
         worker = Worker(home, BACKENDS["local"], "main")
         worker.table = store._table
         worker._adopt("local-main")
@@ -267,10 +267,11 @@ def test_cancelled_while_nobody_works(store: Store, home: Path) -> None:
 
 def test_result_that_nobody_wrote_down_is_not_done_again(store: Store, home: Path) -> None:
     base, run = submit(store)
-    store._table.claim("local-main")
+    row = store._table.claim("local-main")
+    token = Worker(home, BACKENDS["local"], "main")._orders(row).token
     base.folder.mkdir(parents=True)
     (base.folder / "result.json").write_text("{}")
-    (base.folder / "outcome.json").write_text(json.dumps({"attempt": 1, "state": "done", "message": ""}))
+    (base.folder / "outcome.json").write_text(json.dumps({"token": token, "state": "done", "message": ""}))
     drain(home)
     assert store.run(ME, base.id).state == "done"
     assert store.run(ME, base.id).result() == {}  # the task would have written more

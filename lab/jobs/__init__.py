@@ -25,6 +25,7 @@ class Orders:
     home: Path
     run_id: str
     attempt: int
+    token: str  # of this attempt alone: no other attempt at any run has the same
     folder: Path  # the run's; output goes to log.txt in it
     device: str  # which of the backend's devices
 

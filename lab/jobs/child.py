@@ -10,6 +10,7 @@ visitor, because it runs code.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import json
@@ -44,44 +45,46 @@ class Progress:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.stopping = False
-        self._phase = "loading"
-        self._written = 0.0
+        self._lock = threading.Lock()  # the run's thread and the one that shows signs of life
+        self._phase, self._step, self._steps = "loading", 0, 0
+        self._written, self._late = 0.0, True  # when last written; whether something newer is to be written
         self._seen: deque[tuple[float, int]] = deque(maxlen=40)  # about the last ten seconds
 
     def __call__(self, step: int, steps: int, **values: Any) -> None:
         if self.stopping:
             raise Cancelled
         now, phase = time.monotonic(), str(values.get("phase", self._phase))[:60]
-        fresh = phase != self._phase or (bool(self._seen) and step < self._seen[-1][1])
-        if not fresh and step < steps and now - self._written < WRITE_SECONDS:
-            return
-        if fresh:
-            self._seen.clear()
-        self._seen.append((now, step))
-        self._phase, self._written = phase, now
-        self.write(step, steps)
+        fresh = phase != self._phase or step < self._step
+        with self._lock:
+            self._phase, self._step, self._steps, self._late = phase, int(step), int(steps), True
+            if fresh:
+                self._seen.clear()
+            if fresh or step >= steps or now - self._written >= WRITE_SECONDS:
+                self._seen.append((now, self._step))
+                self._write(now)
 
-    def write(self, step: int, steps: int) -> None:
+    def beat(self) -> None:
+        """A sign of life between two steps, with the last step's news if they were held back."""
+        with self._lock:
+            if self._late:
+                self._write(time.monotonic())
+            else:
+                with contextlib.suppress(OSError):
+                    os.utime(self.path)
+
+    def _write(self, now: float) -> None:
         (t0, first), (t1, last) = (self._seen[0], self._seen[-1]) if self._seen else ((0.0, 0), (0.0, 0))
         rate = (last - first) / (t1 - t0) if last > first and t1 - t0 > 0.05 else None
         values = {
             "phase": self._phase,
-            "step": int(step),
-            "steps": int(steps),
+            "step": self._step,
+            "steps": self._steps,
             "rate": rate,
-            "eta": (steps - step) / rate if rate else None,  # of this phase
+            "eta": (self._steps - self._step) / rate if rate else None,  # of this phase
         }
-        try:
+        self._written, self._late = now, False
+        with contextlib.suppress(OSError):  # a full disk: the run itself will meet it where it matters, when it saves
             reading.write_json(self.path, values)
-        except OSError:  # a full disk: the run itself will meet it where it matters, when it saves
-            return
-
-    def beat(self) -> None:
-        """A sign of life between two steps."""
-        try:
-            os.utime(self.path)
-        except OSError:
-            return
 
 
 def main(arguments: list[str]) -> int:
@@ -95,20 +98,21 @@ def main(arguments: list[str]) -> int:
     from lab.runs import default_home
 
     home = default_home()
-    orders = json.loads((home / "attempts" / f"{Path(arguments[0]).name}.json").read_text(encoding="utf-8"))
+    path = home / "attempts" / f"{Path(arguments[0]).name}.json"
+    orders = json.loads(path.read_text(encoding="utf-8"))
     folder = home / orders["folder"]
     print(f"--- attempt {orders['attempt']}, {time.strftime('%Y-%m-%d %H:%M:%S')} ---", flush=True)
     progress = Progress(folder / "progress.json")
     signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "stopping", True))
-    progress.write(0, 0)
-    threading.Thread(target=_watch, args=(progress, parent), daemon=True).start()
+    progress.beat()
+    threading.Thread(target=_watch, args=(progress, parent, path, orders["token"]), daemon=True).start()
     try:
         reading.write_json(folder / "result.json", _finite(_run(home, orders, folder, progress)))
     except BaseException as error:  # a task's SystemExit too
         code, message = explain(error, folder)
     else:
         code, message = DONE, ""
-    return _tell(folder, orders["attempt"], code, message)
+    return _tell(folder, orders["token"], code, message)
 
 
 def _run(home: Path, orders: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -134,12 +138,12 @@ def explain(error: BaseException, folder: Path) -> tuple[int, str]:
     return FAILED, f"The run stopped on an error ({type(error).__name__}: {first[:200]}); its log says where."
 
 
-def _tell(folder: Path, attempt: int, code: int, message: str) -> int:
+def _tell(folder: Path, token: str, code: int, message: str) -> int:
     if message:
         print(message, file=sys.stderr, flush=True)
     state = {DONE: "done", CANCELLED: "cancelled"}.get(code, "failed")
     try:
-        reading.write_json(folder / "outcome.json", {"attempt": attempt, "state": state, "message": message})
+        reading.write_json(folder / "outcome.json", {"token": token, "state": state, "message": message})
     except OSError as error:
         # The exit code alone has to say it. Without an outcome a run is not done, so "done" becomes what went wrong.
         traceback.print_exc()
@@ -147,12 +151,17 @@ def _tell(folder: Path, attempt: int, code: int, message: str) -> int:
     return code
 
 
-def _watch(progress: Progress, parent: int) -> None:
-    """Signs of life for as long as the process runs; and where the system does not kill it with its worker, this does."""
+def _watch(progress: Progress, parent: int, orders: Path, token: str) -> None:
+    """Signs of life for as long as the process runs.
+
+    Ends the process when its worker is gone (where the system has not done so already), and when another attempt has
+    been started in its place, because somebody believed this one lost: two would write into one folder.
+    """
     while True:
         time.sleep(BEAT_SECONDS)
         progress.beat()
-        if parent and os.getppid() != parent:
+        now = reading.json_file(orders)
+        if (parent and os.getppid() != parent) or (now is not None and now.get("token") != token):
             if os.getpgrp() == os.getpid():
                 os.killpg(os.getpid(), signal.SIGKILL)
             os._exit(CANCELLED)

@@ -42,7 +42,7 @@ class Watched:
     """An attempt under way."""
 
     row: sqlite3.Row
-    folder: Path
+    orders: Orders
     attempt: Attempt
     asked: float | None = None  # when it was asked to stop
     why: str = ""  # "cancel": somebody cancelled it; "shutdown": this worker is told to end
@@ -131,11 +131,12 @@ class Worker:
             self.table.finish(row["id"], "failed", message)
             _log(f"{self.name}: {row['id']} could not be started: {error}")
         else:
-            self._active.append(Watched(row, orders.folder, attempt))
+            self._active.append(Watched(row, orders, attempt))
 
     def _orders(self, row: sqlite3.Row) -> Orders:
         folder = run_folder(self.home, row["comparison"], row["method"], row["seed"])
-        return Orders(self.home, row["id"], row["attempt"], folder, self.device)
+        token = f"{row['id']}-{row['attempt']}-{round(row['started'] * 1000)}"
+        return Orders(self.home, row["id"], row["attempt"], token, folder, self.device)
 
     def _write_orders(self, row: sqlite3.Row, orders: Orders) -> None:
         orders.folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ class Worker:
         path = self.home / "attempts" / f"{row['id']}.json"
         path.parent.mkdir(mode=0o700, exist_ok=True)
         told = {name: row[name] for name in ("task", "method", "seed", "attempt")}
-        told |= {"spec": json.loads(row["spec"]), "knobs": json.loads(row["knobs"])}
+        told |= {"token": orders.token, "spec": json.loads(row["spec"]), "knobs": json.loads(row["knobs"])}
         told |= {"folder": str(orders.folder.relative_to(self.home))}  # relative: elsewhere home may be elsewhere
         reading.write_json(path, told | {"inputs": str((comparison / "inputs").relative_to(self.home))})
 
@@ -168,7 +169,7 @@ class Worker:
             self._copy_progress(watched)
 
     def _copy_progress(self, watched: Watched) -> None:
-        path, now = watched.folder / "progress.json", time.monotonic()
+        path, now = watched.orders.folder / "progress.json", time.monotonic()
         try:
             changed = path.stat().st_mtime_ns
         except OSError:
@@ -184,7 +185,7 @@ class Worker:
         """Write how the attempt ended. May be called again for the same attempt if the table could not be written."""
         row, bytes = watched.row, disk.size(comparison_folder(self.home, watched.row["comparison"]))
         self._copy_last_progress(watched)
-        state, message = self._outcome(watched.folder, row["attempt"], code)
+        state, message = self._outcome(watched.orders, code)
         if state != "done" and watched.why == "cancel":
             self.table.finish(row["id"], "cancelled", "", bytes)
         elif state in ("crashed", "cancelled") and watched.why == "shutdown":
@@ -198,7 +199,7 @@ class Worker:
         (self.home / "attempts" / f"{row['id']}.json").unlink(missing_ok=True)
 
     def _copy_last_progress(self, watched: Watched) -> None:
-        values = reading.json_file(watched.folder / "progress.json")
+        values = reading.json_file(watched.orders.folder / "progress.json")
         if values:
             self.table.progress(watched.id, watched.row["attempt"], values)
 
@@ -213,10 +214,10 @@ class Worker:
                 row["id"], "failed", f"The run {what}, {times}{advice}; its log's last lines are below.", bytes
             )
 
-    def _outcome(self, folder: Path, attempt: int, code: int) -> tuple[str, str]:
+    def _outcome(self, orders: Orders, code: int) -> tuple[str, str]:
         """(done | failed | cancelled | crashed, sentence). For "crashed" the sentence lacks its subject, the run."""
-        told = reading.json_file(folder / "outcome.json")
-        if told and told.get("attempt") == attempt and told.get("state") in ("done", "failed", "cancelled"):
+        told = reading.json_file(orders.folder / "outcome.json")
+        if told and told.get("token") == orders.token and told.get("state") in ("done", "failed", "cancelled"):
             return told["state"], str(told.get("message", ""))
         number = -code if code < 0 else code - 128 if 128 < code < 160 else 0
         if number:
@@ -242,9 +243,9 @@ class Worker:
         for row in self.table.running(name):
             orders = self._orders(row)
             attempt = self.backend.find(orders) if name == self.name else None
-            state, message = self._outcome(orders.folder, row["attempt"], CANCELLED)
+            state, message = self._outcome(orders, CANCELLED)
             if attempt is not None:
-                self._active.append(Watched(row, orders.folder, attempt))
+                self._active.append(Watched(row, orders, attempt))
             elif state in ("done", "failed"):  # it had ended, and nobody was there to write it down
                 self.table.finish(row["id"], state, message, disk.size(comparison_folder(self.home, row["comparison"])))
             elif row["cancel"]:
