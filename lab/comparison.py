@@ -1,0 +1,72 @@
+"""A comparison in a folder, done here and now in this process: what the command line and the demo do.
+
+The folder's layout is the queue's: spec.json, inputs/000.png …, runs/<method>-s<seed>/ with result.json, then
+grid.png, results.csv, report.html. Calling again with the same folder goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lab.errors import LabError
+from lab.files import write_atomic, write_json
+from lab.tasks import TASKS, PlannedRun, Report
+
+
+def run_name(planned: PlannedRun) -> str:
+    return f"{planned.method}-s{planned.seed}"
+
+
+def start(out: Path, task_id: str, spec: dict[str, Any], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    """Write spec and inputs; the checked spec. Raises LabError when the folder holds another comparison."""
+    spec = TASKS[task_id].check(spec | {"pictures": len(pictures)})
+    before = out / "spec.json"
+    if before.exists():
+        if json.loads(before.read_text()) != json.loads(json.dumps(spec)):
+            raise LabError(f"{out} holds a comparison with other settings: choose another folder, or remove it.")
+        return spec
+    if out.exists() and any(out.iterdir()):
+        raise LabError(f"{out} is not empty: choose another folder.")
+    for number, picture in enumerate(pictures):
+        path = out / "inputs" / f"{number:03d}.png"
+        write_atomic(path, lambda aside, picture=picture: picture.convert("RGB").save(aside, format="PNG"))
+    write_json(before, spec)  # last: a folder with a spec is whole
+    return spec
+
+
+def run_all(out: Path, task_id: str, spec: dict[str, Any], report_for: Any) -> list[dict[str, Any]]:
+    """Do every run that is not done. `report_for(planned)` gives the run's `report`.
+
+    A run that fails with a LabError is "failed", with the sentence as its message; the others go on.
+    Returns the runs as `lab.compare` takes them.
+    """
+    task = TASKS[task_id]
+    runs = []
+    for planned in task.plan(spec):
+        folder = out / "runs" / run_name(planned)
+        report: Report = report_for(planned)
+        state, message = "done", ""
+        if not (folder / "result.json").exists():
+            try:
+                result = task.run(spec, planned, out / "inputs", folder, report)
+                write_json(folder / "result.json", result)
+            except LabError as error:
+                state, message = "failed", str(error)
+        result = json.loads((folder / "result.json").read_text()) if state == "done" else {}
+        runs.append(
+            {
+                "method": planned.method,
+                "seed": planned.seed,
+                "knobs": planned.knobs,
+                "state": state,
+                "message": message,
+                "folder": str(folder),
+                "result": result,
+            }
+        )
+    return runs

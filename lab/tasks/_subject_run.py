@@ -1,0 +1,214 @@
+"""One run of the subject task: train an adapter (or take the base as it is), draw the prompts, score the pictures."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lab import device as devices
+from lab import metrics
+from lab.bases import resolve
+from lab.diffusion import encode_pictures, encode_prompts, sample, training_schedule
+from lab.files import write_atomic, write_json
+from lab.images import cropped, read_folder, strip
+from lab.methods import METHODS
+from lab.record import record
+from lab.targets import modules
+from lab.tasks import PlannedRun, Report
+from lab.tasks._dreambooth import DreamBooth
+from lab.tasks.subject import check_count, instance_prompts, prompts
+from lab.train import Settings, train
+
+PREVIEW_STEPS = 10
+UNRELATED_SEED = 7
+
+
+def run(spec: dict[str, Any], planned: PlannedRun, inputs: Path, folder: Path, report: Report) -> dict[str, Any]:
+    """See `lab.tasks.Task.run`. Writes meta.json, metrics.jsonl, preview(s), samples and adapter into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = read_folder(inputs)
+    check_count(len(pictures))
+    report(0, spec["steps"], phase="loading the base model")
+    subject = _Run(spec, planned, pictures, folder, report)
+    write_json(folder / "meta.json", record(spec, planned, devices.describe(subject.pipe.device)))
+    if planned.method == "base":
+        return {"method": "base", "seed": planned.seed, "knobs": {}} | subject.draw_and_score()
+    return subject.train_and_score(inputs.parent / "prior")
+
+
+class _Run:
+    """What the parts of one run share."""
+
+    def __init__(
+        self, spec: dict[str, Any], planned: PlannedRun, pictures: list[Image.Image], folder: Path, report: Report
+    ) -> None:
+        self.spec, self.planned, self.folder, self.tell = spec, planned, folder, report
+        self.pictures, self.prompts = pictures, prompts(spec, planned.method)
+        self.base = resolve(spec["base"])
+        self.pipe = self.base.load()
+        self.resolution = spec["resolution"] or self.pipe.default_sample_size * self.pipe.vae_scale_factor
+        self.known = encode_prompts(self.pipe, [*self.prompts, *spec["unrelated_prompts"]])
+
+    def report(self, phase: str, step: int | None = None, **values: Any) -> None:
+        self.tell(self.spec["steps"] if step is None else step, self.spec["steps"], phase=phase, **values)
+
+    def train_and_score(self, prior_folder: Path) -> dict[str, Any]:
+        """Train, save the adapter, draw and score. The base, which other runs share, is left as it was."""
+        spec, planned = self.spec, self.planned
+        self.report("encoding the pictures", 0)
+        objective = self._objective(prior_folder)
+        before = self._unrelated()
+        model = self._attach(objective)
+        try:
+            settings = Settings(
+                **{name: spec[name] for name in ("steps", "schedule", "warmup", "checkpoint_every", "preview_every")},
+                lr=spec["lr"][planned.method],
+                seed=planned.seed,
+            )
+            method = METHODS[planned.method]
+            trained = train(model, method, objective, settings, self.folder, self.tell, self._preview)
+            size = self._save(model)
+            drawn = self.draw_and_score()
+            self.report("measuring the drift")
+            drift = metrics.drift(metrics.scorer(self.base.scorer), before, self._unrelated()) if before else None
+        finally:
+            model.unload()
+        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+        return {
+            "method": planned.method,
+            "seed": planned.seed,
+            "knobs": planned.knobs,
+            "lr": settings.lr,
+            "trainable_parameters": self.trainable,
+            "adapter_bytes": size,
+            "train_seconds": trained.train_seconds,
+            "peak_memory_bytes": trained.peak_memory_bytes,
+            "final_loss": trained.final_loss,
+            "drift": drift,
+        } | drawn
+
+    # -- training --------------------------------------------------------------------------------------
+    def _objective(self, prior_folder: Path) -> DreamBooth:
+        spec, pipe, prior = self.spec, self.pipe, None
+        pictures = encode_pictures(
+            pipe,
+            self.pictures,
+            instance_prompts(spec, len(self.pictures)),
+            self.resolution,
+            spec["crops"],
+            flip=spec["flip"],
+            size_conditioning=self.base.size_conditioning,
+        )
+        if spec["prior_weight"] > 0:
+            class_pictures = self._prior(prior_folder)
+            texts = [self._class_prompt()] * len(class_pictures)
+            prior = encode_pictures(pipe, class_pictures, texts, self.resolution)
+        return DreamBooth(
+            pipe.vae,
+            training_schedule(pipe),
+            pictures,
+            prior,
+            batch=spec["batch"],
+            seed=self.planned.seed,
+            snr_gamma=spec["snr_gamma"],
+            prior_weight=spec["prior_weight"],
+        )
+
+    def _class_prompt(self) -> str:
+        return f"a {self.spec['class_word']}"
+
+    def _prior(self, folder: Path) -> list[Image.Image]:
+        """Pictures of the class as the base draws it, made by the first run that needs them."""
+        wanted = self.spec["prior_pictures"]
+        if folder.is_dir() and len(made := read_folder(folder)) >= wanted:
+            return made[:wanted]
+        texts = [self._class_prompt()] * wanted
+        drawn = self._draw(texts, range(1000, 1000 + wanted), "drawing the class for prior preservation")
+        for number, picture in enumerate(drawn):
+            _save_png(picture, folder / f"{number:03d}.png")
+        return drawn
+
+    def _attach(self, objective: DreamBooth) -> Any:
+        planned, unet = self.planned, self.pipe.unet
+        method = METHODS[planned.method]
+        devices.seed_everything(planned.seed)
+        names = modules(unet, self.spec["targets"])
+
+        def calibrate() -> torch.Tensor:
+            with devices.autocast(self.pipe.device):
+                return objective.loss(unet, devices.generator(planned.seed, 3))
+
+        self.report("attaching the adapter", 0)
+        knobs = method.knobs.parse(planned.knobs)
+        model = method.attach(unet, knobs, names, seed=planned.seed, calibrate=calibrate)
+        objective.position = 0
+        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = self.base.id
+        return model
+
+    def _preview(self, step: int) -> None:
+        self.report("drawing a preview", step)
+        seeds = self.spec["sample_seeds"][:2]
+        drawn = self._draw([self.prompts[0]] * len(seeds), seeds, steps=min(PREVIEW_STEPS, self.spec["sampling_steps"]))
+        sheet = strip(drawn, max(192, drawn[0].width))
+        _save_png(sheet, self.folder / "previews" / f"{step:05d}.png")
+        _save_png(sheet, self.folder / "preview.png")
+
+    def _save(self, model: Any) -> int:
+        """Save the adapter as PEFT does; its weights' size in bytes. The folder is whole or not there."""
+        self.report("saving the adapter")
+        target, aside = self.folder / "adapter", self.folder / "adapter.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside, save_embedding_layers=False)  # "auto" asks the Hub for the base
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+        return sum(file.stat().st_size for file in target.rglob("*.safetensors"))
+
+    # -- drawing ---------------------------------------------------------------------------------------
+    def _draw(self, texts: Sequence[str], seeds: Sequence[int], phase: str = "", steps: int = 0) -> list[Image.Image]:
+        if missing := [text for text in texts if text not in self.known]:
+            self.known |= encode_prompts(self.pipe, missing)
+
+        def on_step(done: int, every: int) -> None:
+            if phase:
+                self.report(phase, drawn=done / every)
+
+        return sample(
+            self.pipe,
+            [self.known[text] for text in texts],
+            list(seeds),
+            self.known[""],
+            steps=steps or self.spec["sampling_steps"],
+            guidance=self.spec["guidance"],
+            resolution=self.resolution,
+            on_step=on_step,
+        )
+
+    def _unrelated(self) -> list[Image.Image]:
+        texts = self.spec["unrelated_prompts"]
+        return self._draw(texts, [UNRELATED_SEED] * len(texts), "drawing unrelated prompts") if texts else []
+
+    def draw_and_score(self) -> dict[str, Any]:
+        """Draw every prompt with every sample seed into `samples/`, and score the pictures."""
+        seeds, began = self.spec["sample_seeds"], time.perf_counter()
+        texts = [text for text in self.prompts for _ in seeds]
+        drawn = self._draw(texts, seeds * len(self.prompts), "drawing")
+        seconds = time.perf_counter() - began
+        for i, picture in enumerate(drawn):
+            _save_png(picture, self.folder / "samples" / f"p{i // len(seeds)}_s{seeds[i % len(seeds)]}.png")
+        self.report("scoring")
+        crops = self.spec["crops"] or [None] * len(self.pictures)
+        shown = [cropped(p, c, self.resolution, i) for i, (p, c) in enumerate(zip(self.pictures, crops, strict=True))]
+        asked = [text for text in prompts(self.spec, "base") for _ in seeds]  # without the trigger, no real word
+        return {"sample_seconds": seconds} | metrics.scores(metrics.scorer(self.base.scorer), drawn, asked, shown)
+
+
+def _save_png(picture: Image.Image, path: Path) -> None:
+    write_atomic(path, lambda aside: picture.save(aside, format="PNG"))
