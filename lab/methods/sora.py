@@ -69,7 +69,7 @@ class Sora(OwnMethod):
     def after_step(self, model: torch.nn.Module, step: int, steps: int) -> None:
         for _, site, adapter in self.sites(model):
             gate = site.tensors(adapter)["gate"]
-            gate.data = soft_threshold(gate.data, site.knobs[adapter].threshold)
+            gate.data.copy_(soft_threshold(gate.data, site.knobs[adapter].threshold))
 
 
 def soft_threshold(x: torch.Tensor, by: float) -> torch.Tensor:
