@@ -19,8 +19,10 @@ __all__ = ["METHODS", "Knobs", "Layer", "Method", "Paper", "knob", "register"]
 def __getattr__(name: str) -> Any:
     """NoraConfig and its like: the PEFT configuration of each of the lab's own methods, made on first use."""
     if name.endswith("Config"):
+        from lab.methods.own import OwnMethod
+
         for method in METHODS:
-            if method.own and name.lower() == f"{method.peft_name}config":
+            if isinstance(method, OwnMethod) and name.lower() == f"{method.peft_name}config":
                 from lab.methods._tuner import config_class
 
                 return config_class(method)

@@ -207,3 +207,13 @@ class OwnLayer(nn.Module, BaseTunerLayer):
 def as_matrix(base: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """A base layer's weight (or a gradient of its shape) seen as (out, in·kh·kw)."""
     return weight.T if isinstance(base, Conv1D) else weight.reshape(weight.shape[0], -1)
+
+
+def stacked(
+    b: torch.Tensor, start_b: torch.Tensor, a: torch.Tensor, step_a: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([b, start_b] (m, 2r), [a; step_a] (2r, n)): the factors of b·a + start_b·step_a.
+
+    With b = B−B₀ and step_a = A−A₀ that is B·A − B₀·A₀, exactly zero at the start and without cancellation near it.
+    """
+    return torch.cat((b, start_b), dim=1), torch.cat((a, step_a), dim=0)

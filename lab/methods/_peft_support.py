@@ -49,3 +49,89 @@ def restore_on_unload(model: Any, kept: dict[str, torch.Tensor]) -> None:
         return inner
 
     tuner.unload = unload
+
+
+def start_eva(model: Any, adapter: str, calibrate: Any, seed: int) -> None:
+    """EVA's start: principal directions of the layers' inputs in batches that `calibrate` runs."""
+    from peft.tuners.lora.eva import initialize_lora_eva_weights
+
+    def flat(inputs: torch.Tensor, _: Any, __: str) -> torch.Tensor:
+        return inputs.detach().float().reshape(-1, inputs.shape[-1])
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        initialize_lora_eva_weights(
+            model,
+            dataloader=[{}] * 16,
+            forward_fn=lambda _model, _inputs: calibrate(),
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=flat,
+            adapter_name=adapter,
+            show_progress_bar=False,
+        )
+
+
+def orthogonality(model: Any, adapter: str, weight: float) -> torch.Tensor | None:
+    """AdaLoRA's equation 4, averaged over matrices as PEFT does: weight·mean ‖PᵀP − I‖ and ‖QQᵀ − I‖."""
+    terms = []
+    for name, p in model.named_parameters():
+        for factor in ("lora_A", "lora_B"):
+            if name.endswith(f".{factor}.{adapter}"):
+                gram = p @ p.T if factor == "lora_A" else p.T @ p
+                terms.append(torch.linalg.norm(gram - torch.eye(gram.shape[0], device=p.device)))
+    return weight * torch.stack(terms).mean() if terms and weight else None
+
+
+def allocate_ranks(model: Any, step: int, steps: int) -> None:
+    """One call of AdaLoRA's allocator; the schedule's shares become steps on the first."""
+    config = model.active_peft_config
+    warmup, final = getattr(config, "shares", (0.1, 0.3))
+    config.total_step, config.tinit, config.tfinal = steps, int(warmup * steps), int(final * steps)
+    if config.tinit < steps - config.tfinal and all(p.grad is not None for p in _factors(model)):
+        model.base_model.update_and_allocate(step + 1)
+
+
+def _factors(model: Any) -> list[torch.Tensor]:
+    return [p for n, p in model.named_parameters() if ".lora_" in n and p.requires_grad]
+
+
+def allocator_state(model: Any) -> dict[str, torch.Tensor]:
+    """AdaLoRA's running averages and masks, for a checkpoint."""
+    allocator, config = model.base_model.rankallocator, model.active_peft_config
+    found = {f"importance:{n}": v for n, v in allocator.exp_avg_ipt.items()}
+    found |= {f"uncertainty:{n}": v for n, v in allocator.exp_avg_unc.items()}
+    found |= {f"mask:{n}": torch.tensor(v) for n, v in (config.rank_pattern or {}).items()}
+    return found
+
+
+def load_allocator_state(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Put back what `allocator_state` gave."""
+    allocator, config = model.base_model.rankallocator, model.active_peft_config
+    allocator.reset_ipt()
+    masks = {}
+    for key, value in state.items():
+        kind, _, name = key.partition(":")
+        if kind == "mask":
+            masks[name] = value.tolist()
+        else:
+            (allocator.exp_avg_ipt if kind == "importance" else allocator.exp_avg_unc)[name] = value.clone()
+            allocator.ipt[name] = torch.zeros_like(value)
+    config.rank_pattern = masks or None
+
+
+def start_of(start: Any, name: str, r: int, alpha: float, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B₀ (m, r), A₀ (r, n)) as PEFT's LoRA layer starts them with `init_lora_weights=name`."""
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    weight = start.weight()
+    m, n = weight.shape
+    base: Any = torch.nn.Linear(n, m, bias=False, device=weight.device)
+    base.weight.data = weight.clone()
+    if start.gradient is not None:
+        base._peft_loraga_grad = start.gradient.clone()
+    config = LoraConfig(r=r, lora_alpha=alpha, init_lora_weights=name, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(start.seed)
+        layer = Linear(base, "start", config=config, r=r, lora_alpha=alpha)
+    return layer.lora_B["start"].weight.detach().float(), layer.lora_A["start"].weight.detach().float()
