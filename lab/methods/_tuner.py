@@ -191,7 +191,9 @@ class OwnModel(BaseTuner):
     def _share(
         self, adapter: str, layers: list[Layer], knobs: Any, config: Any, base: nn.Module
     ) -> dict[str, nn.ParameterDict]:
-        made = self.method.init_shared(layers, knobs, make_start(layers[0], base, config.seed))
+        start = make_start(layers[0], base, config.seed)
+        start.generator.manual_seed(counter.key(config.seed, "shared"))  # not the numbers the first layer's own draw
+        made = self.method.init_shared(layers, knobs, start)
         for name, value in made.items():
             attribute = f"{self.prefix}{name}"
             if not hasattr(self, attribute):
