@@ -42,7 +42,7 @@ class Lamda(OwnMethod):
     knobs = LamdaKnobs
     learning_rate = 1e-3
     low_rank = True
-    tensors = {"trained": {"B": "m × r, at first", "S": "r × r"}, "frozen": {"A": "r × n", "start": "m × r"}}
+    tensors = {"trained": {"B": "m × r, at first", "S": "r × r"}, "frozen": {"A": "r × n", "start": "m × r, r"}}
     remark = (
         "The release lacks the paper's spectral start and gradual freezing; order and pace of freezing are our reading."
         " Counts what is trained at the start; r² numbers are still trained at the end."
@@ -58,13 +58,13 @@ class Lamda(OwnMethod):
         return knobs.r
 
     def derived(self, knobs: LamdaKnobs) -> tuple[str, ...]:
-        return ("A", "start")
+        return ("A", "start_b")
 
     def init(self, start: Start, knobs: LamdaKnobs) -> Tensors:
         from lab import svd
 
         U, S, Vh = svd.basis(start.weight(), knobs.r)
-        return Tensors({"B": U, "S": S.diag()}, {"A": Vh, "start": U * S})
+        return Tensors({"B": U, "S": S.diag()}, {"A": Vh, "start_b": U, "start_s": S})
 
     def stage(self, knobs: LamdaKnobs, step: int, steps: int) -> int:
         """How many of B's columns still train."""
@@ -79,7 +79,9 @@ class Lamda(OwnMethod):
         return {**t, "B": live}
 
     def factors(self, t: Mapping[str, torch.Tensor], knobs: LamdaKnobs, layer: Layer) -> Any:
-        return (t["B"] @ t["S"] - t["start"]) * knobs.scale, t["A"]
+        """B·S − B₀·S₀ = (B − B₀)·S + B₀·(S − S₀): no difference of large products, which half precision would spoil."""
+        left = (t["B"] - t["start_b"]) @ t["S"] + t["start_b"] @ (t["S"] - t["start_s"].diag())
+        return left * knobs.scale, t["A"]
 
     def optimizer(self, model: torch.nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
         from lab.methods._optimizers import StillAdamW

@@ -73,14 +73,15 @@ class Nlora(OwnMethod):
         return Tensors({"B": B, "N": N, "A": A}, frozen)
 
     def factors(self, t: Mapping[str, torch.Tensor], knobs: NloraKnobs, layer: Layer) -> Any:
-        """B·N·A − B₀·N₀·A₀ = (B·N − B₀·N₀)·A + B₀·N₀·(A − A₀): zero at the start without cancellation."""
+        """B·N·A − B₀·N₀·A₀ = ((B − B₀)·N + B₀·(N − N₀))·A + B₀·N₀·(A − A₀): no difference of large products."""
         import torch
 
-        left, s = t["B"] @ t["N"], knobs.scale
+        s = knobs.scale
         if not knobs.identity_init:
-            return left * s, t["A"]
-        first = t["start_b"] @ t["start_n"]
-        return torch.cat((left - first, first), dim=1) * s, torch.cat((t["A"], t["A"] - t["start_a"]))
+            return (t["B"] @ t["N"]) * s, t["A"]
+        B, N = t["start_b"], t["start_n"]
+        moved = (t["B"] - B) @ t["N"] + B @ (t["N"] - N)
+        return torch.cat((moved, B @ N), dim=1) * s, torch.cat((t["A"], t["A"] - t["start_a"]))
 
 
 def nystrom(weight: torch.Tensor, r: int, core: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

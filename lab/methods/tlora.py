@@ -21,6 +21,8 @@ from lab.methods.spec import Knobs, Layer, Paper, knob
 if TYPE_CHECKING:
     import torch
 
+    from lab.methods._tuner import OwnLayer
+
 
 @dataclass
 class TloraKnobs(Knobs):
@@ -90,6 +92,13 @@ class Tlora(OwnMethod):
         P, Q = self.residual(t, knobs)
         T = self.transform(t, knobs)
         return t["weight"] @ (T - torch.eye(layer.n, device=T.device)) + P @ Q
+
+    def forward(
+        self, site: OwnLayer, x: torch.Tensor, t: Mapping[str, torch.Tensor], knobs: TloraKnobs
+    ) -> torch.Tensor:
+        with site.full_precision():  # T − I must not be rounded to half precision
+            delta = self.delta(t, knobs, site.layer)
+        return site.dense(x, delta)
 
 
 def chain(cores: list[torch.Tensor]) -> torch.Tensor:
