@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from lab.errors import LabError
-from lab.pretrain import clip, unet, vae
+from lab.pretrain import card, clip, unet, vae
 from lab.pretrain.common import ASSETS, home
 from lab.pretrain.sprites import Sprites, load_sprites
 
@@ -91,6 +90,20 @@ def write_open_clip(folder: Path, model: nn.Module, config: dict) -> None:
         shutil.copy(ASSETS / "tiny-clip" / name, folder / name)
 
 
+def _facts() -> dict[str, dict]:
+    """Steps, seconds and parameters of each stage, with what the weights it started from had behind them."""
+    facts = {}
+    for stage in ("clip", "vae", "decoder", "unet"):
+        path = home() / f"{stage}.pt"
+        if path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            earlier = state.get("earlier", {})
+            facts[stage] = {"steps": state["step"] + earlier.get("steps", 0),
+                            "seconds": round(state["seconds"] + earlier.get("seconds", 0)),
+                            "parameters": sum(v.numel() for v in state["model"].values())}
+    return facts
+
+
 def assemble(into: Path, sprites: Sprites | None = None, towers: clip.Towers | None = None,
              auto: nn.Module | None = None, size: dict | None = None, config: dict | None = None) -> Path:
     """Write `into`/tiny-sdxl and `into`/tiny-clip; what was there is replaced only once the new is whole."""
@@ -110,6 +123,8 @@ def assemble(into: Path, sprites: Sprites | None = None, towers: clip.Towers | N
     with tempfile.TemporaryDirectory(dir=into) as aside:
         write_pipeline(Path(aside) / "tiny-sdxl", towers, auto, net, scale)
         write_open_clip(Path(aside) / "tiny-clip", towers.clip, config or clip.CONFIG)
+        (Path(aside) / "tiny-sdxl" / "training.json").write_text(json.dumps(_facts(), indent=1) + "\n")
+        card.write(Path(aside) / "tiny-sdxl")
         total = sum(p.stat().st_size for p in Path(aside).rglob("*") if p.is_file())
         if total > LIMIT_BYTES:
             raise LabError(f"The folders hold {total / 1e6:.1f} MB, above the limit of {LIMIT_BYTES / 1e6:.0f} MB: "
@@ -118,6 +133,6 @@ def assemble(into: Path, sprites: Sprites | None = None, towers: clip.Towers | N
             if source.is_file():  # file by file: a reader sees each file whole, old or new
                 target = into / source.relative_to(aside)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(source, target)
+                source.replace(target)
     print(f"assemble: {total / 1e6:.1f} MB", flush=True)
     return into

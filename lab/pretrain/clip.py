@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -193,14 +194,16 @@ def recall(image: torch.Tensor, text: torch.Tensor, key: torch.Tensor, n: int = 
 
 
 def train(sprites: Sprites, steps: int = 1500, batch: int = 192, config: dict | None = None,
-          small: dict | None = None) -> Trainer:
+          small: dict | None = None, evaluate_every: int = 100) -> Trainer:
     """Train, or go on training, up to `steps`."""
     torch.manual_seed(0)
     towers = Towers(config, small)
-    start_from(towers, ASSETS)
-    trainer = Trainer("clip", towers, peak=8e-4, weight_decay=0.05, ema=0.99)
+    known = start_from(towers, ASSETS) > 0
+    with torch.no_grad():
+        towers.clip.logit_scale.fill_(math.log(30))  # rises too slowly by itself
+    trainer = Trainer("clip", towers, peak=8e-4, weight_decay=0.05, ema=0.99, from_assets=known)
 
     def evaluate() -> str:
         return "  ".join(f"{k} {v:.3f}" for k, v in name_shares(trainer.ema.model, sprites).items())
-    trainer.run(steps, Step(sprites, trainer.model, batch), evaluate, evaluate_every=100)
+    trainer.run(steps, Step(sprites, trainer.model, batch), evaluate, evaluate_every=evaluate_every)
     return trainer

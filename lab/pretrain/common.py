@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import time
@@ -37,7 +38,13 @@ def save_atomic(obj: object, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     torch.save(obj, aside)
-    os.replace(aside, path)
+    aside.replace(path)
+
+
+def facts_of(folder: Path) -> dict[str, dict]:
+    """What an assembled folder says of each stage's training: steps, seconds, parameters."""
+    path = folder / "tiny-sdxl" / "training.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def generator(*key: int) -> torch.Generator:
@@ -86,12 +93,14 @@ def optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 class Trainer:
     """One model, its optimizer and average, a checkpoint file, and the loop over steps."""
 
-    def __init__(self, stage: str, model: nn.Module, *, peak: float, weight_decay: float, ema: float):
+    def __init__(self, stage: str, model: nn.Module, *, peak: float, weight_decay: float, ema: float,
+                 from_assets: bool = False):
         self.path = home() / f"{stage}.pt"
         self.stage, self.model, self.peak = stage, model.to(device()), peak
         self.optimizer = optimizer(model, weight_decay)
         self.ema = Ema(model, ema)
         self.step, self.seconds = 0, 0.0
+        self.earlier = facts_of(ASSETS).get(stage, {}) if from_assets else {}
         if self.path.exists():
             self._load()
 
@@ -100,17 +109,21 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.ema.model.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.earlier = state["step"], state["seconds"], state.get("earlier", {})
         print(f"{self.stage}: resumed at step {self.step}, {self.seconds / 60:.1f} min", flush=True)
 
     def save(self) -> None:
         """Write the checkpoint."""
         save_atomic({"model": self.model.state_dict(), "ema": self.ema.model.state_dict(),
-                     "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}, self.path)
+                     "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds,
+                     "earlier": self.earlier}, self.path)
 
     def run(self, steps: int, loss_fn: Callable[[int], tuple[torch.Tensor, dict[str, float]]],
             evaluate: Callable[[], str] | None = None, log_every: int = 25, evaluate_every: int = 250) -> None:
-        """Train up to `steps` in all; loss_fn(step) gives the loss and numbers to print."""
+        """Train up to `steps` in all; loss_fn(step) gives the loss and numbers to print.
+
+        evaluate_every=0: never evaluate.
+        """
         saved = time.monotonic()
         while self.step < steps:
             began = time.monotonic()
@@ -127,7 +140,7 @@ class Trainer:
             if self.step % log_every == 0:
                 numbers = "  ".join(f"{key} {value:.4g}" for key, value in report.items())
                 print(f"{self.stage} {self.step}/{steps}  {time.monotonic() - began:.2f} s  {numbers}", flush=True)
-            if evaluate and (self.step % evaluate_every == 0 or self.step == steps):
+            if evaluate and evaluate_every and (self.step % evaluate_every == 0 or self.step == steps):
                 print(f"{self.stage} {self.step}: {evaluate()}", flush=True)
             if time.monotonic() - saved > SAVE_EVERY_S:
                 self.save()

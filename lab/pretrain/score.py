@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lab.pretrain import clip, vae
+from lab.pretrain import card, clip, vae
 from lab.pretrain.common import autocast, device, generator
 from lab.pretrain.concepts import CONCEPTS, PLACES, prompt
 from lab.pretrain.scenes import compose
@@ -141,6 +141,7 @@ def write(folder: Path, sprites: Sprites) -> dict[str, float]:
     numbers, _ = score(folder, sprites)
     (folder / "tiny-sdxl" / "score.json").write_text(json.dumps(numbers, indent=1) + "\n")
     sheet(load_pipeline(folder)).save(folder / "tiny-sdxl" / "samples.png", optimize=True)
+    card.write(folder / "tiny-sdxl")
     for key, value in numbers.items():
         print(f"{key:32} {value:.3f}", flush=True)
     return numbers

@@ -18,23 +18,26 @@ from lab.pretrain.concepts import PLACES
 from lab.pretrain.scenes import captions, compose
 from lab.pretrain.sprites import Sprites
 
-SIZE = {"channels": (160, 192), "transformers": (1, 1), "head": 32}
+SIZE = {"channels": (96, 128, 192), "transformers": (0, 1, 2), "head": 32}  # no transformer: no attention
 SCENES_A_PICTURE_AND_PLACE = 3
 CHUNK = 4096
+STYLE_WEIGHTS = (2.0, 1.0, 1.0)  # 3d, flat, noto: one style leads, so that a plain prompt draws cleanly
 EMPTY = 0.10  # share of empty prompts, which guidance needs
 SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 def build(latent_channels: int, side: int, text_width: int, pooled_width: int, size: dict | None = None) -> nn.Module:
-    """diffusers' UNet2DConditionModel with cross-attention at every level."""
+    """diffusers' UNet2DConditionModel; levels without transformer layers have no attention, as in SDXL."""
     from diffusers import UNet2DConditionModel
     size = size or SIZE
-    channels, levels = size["channels"], len(size["channels"])
+    channels, transformers = size["channels"], size["transformers"]
+    cross = ["CrossAttn" if layers else "" for layers in transformers]
     return UNet2DConditionModel(
         sample_size=side, in_channels=latent_channels, out_channels=latent_channels, block_out_channels=channels,
-        down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
-        layers_per_block=1, transformer_layers_per_block=size["transformers"],
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in cross),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(cross)),
+        layers_per_block=1, transformer_layers_per_block=tuple(max(1, layers) for layers in transformers),
         attention_head_dim=tuple(c // size["head"] for c in channels), cross_attention_dim=text_width,
         addition_embed_type="text_time", addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=pooled_width + 6 * 32, use_linear_projection=True,
@@ -125,10 +128,11 @@ class Step:
     def __init__(self, sprites: Sprites, bank: Bank, conditions: Conditions, model: nn.Module, batch: int):
         self.sprites, self.bank, self.conditions, self.model, self.batch = sprites, bank, conditions, model, batch
         self.kept = alphas_cumprod()
+        self.weights = torch.tensor(STYLE_WEIGHTS)[sprites.style[bank.rows]]
 
     def __call__(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         g, n = generator(32, step), self.batch
-        i = torch.randint(len(self.bank.rows), (n,), generator=g)
+        i = torch.multinomial(self.weights, n, replacement=True, generator=g)
         texts, _, _ = captions(self.sprites, self.bank.rows[i], self.bank.places[i], step + 1_000_000)
         hidden, pooled = self.conditions(texts)
         given = (torch.rand(n, generator=g) >= EMPTY).float().to(device())
@@ -161,7 +165,7 @@ def train(sprites: Sprites, steps: int = 4000, batch: int = 64, scenes: int = SC
     encoder = frozen("vae", encoder or vae.build())
     bank = Bank(sprites, encoder, vae.scaling_factor(encoder, sprites), scenes)
     model = build(bank.latents.shape[1], bank.latents.shape[-1], conditions.width, conditions.pooled_width, size)
-    start_from_assets(model)
-    trainer = Trainer("unet", model, peak=8e-4, weight_decay=0.01, ema=0.9985)
+    known = start_from_assets(model)
+    trainer = Trainer("unet", model, peak=8e-4, weight_decay=0.01, ema=0.9985, from_assets=known)
     trainer.run(steps, Step(sprites, bank, conditions, trainer.model, batch))
     return trainer

@@ -1,4 +1,4 @@
-"""Stage "vae": pictures to 8×8 latents of 16 channels and back.
+"""Stages "vae" and "decoder": 64×64 pictures to 16×16 latents of 4 channels and back.
 
 First encoder and decoder together, then the decoder alone, on latents with a little noise (the UNet's
 are never exact) and with a perceptual term from the CLIP tower's first layers, if that is trained.
@@ -14,7 +14,7 @@ from lab.pretrain.concepts import PLACES
 from lab.pretrain.scenes import compose
 from lab.pretrain.sprites import Sprites
 
-CHANNELS, LATENT_CHANNELS = (32, 64, 96, 160), 16
+CHANNELS, LATENT_CHANNELS = (32, 64, 96), 4
 
 
 def build(channels: tuple[int, ...] = CHANNELS, latent_channels: int = LATENT_CHANNELS) -> nn.Module:
@@ -23,7 +23,7 @@ def build(channels: tuple[int, ...] = CHANNELS, latent_channels: int = LATENT_CH
     blocks = len(channels)
     return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * blocks,
                          up_block_types=("UpDecoderBlock2D",) * blocks, block_out_channels=channels,
-                         layers_per_block=1, latent_channels=latent_channels, norm_num_groups=8, sample_size=64,
+                         layers_per_block=1, latent_channels=latent_channels, norm_num_groups=16, sample_size=64,
                          mid_block_add_attention=False)
 
 
@@ -113,13 +113,13 @@ def _evaluate(vae: nn.Module, sprites: Sprites) -> str:
             f"{psnr(vae, held_out_scenes(sprites, sprites.held_out, 60)):.2f} dB")
 
 
-def train(sprites: Sprites, steps: int = 1500, batch: int = 32, channels: tuple[int, ...] = CHANNELS,
+def train(sprites: Sprites, steps: int = 600, batch: int = 32, channels: tuple[int, ...] = CHANNELS,
           latent_channels: int = LATENT_CHANNELS) -> Trainer:
     """Encoder and decoder together."""
     torch.manual_seed(1)
     vae = build(channels, latent_channels)
-    start_from_assets(vae)
-    trainer = Trainer("vae", vae, peak=1.5e-3, weight_decay=1e-4, ema=0.995)
+    known = start_from_assets(vae)
+    trainer = Trainer("vae", vae, peak=8e-4, weight_decay=1e-4, ema=0.995, from_assets=known)
 
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         pixels = draw(sprites, batch, 0, step).to(device())
@@ -142,14 +142,13 @@ def scaling_factor(vae: nn.Module, sprites: Sprites) -> float:
 
 
 def train_decoder(sprites: Sprites, steps: int = 1000, batch: int = 32, channels: tuple[int, ...] = CHANNELS,
-                  latent_channels: int = LATENT_CHANNELS) -> Trainer:
+                  latent_channels: int = LATENT_CHANNELS, perceive: Perception | None = None) -> Trainer:
     """The decoder alone: latents, and with them the UNet, stay valid."""
     vae = build(channels, latent_channels)
     vae.load_state_dict(torch.load(home() / "vae.pt", map_location="cpu", weights_only=True)["ema"])
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
     trainer = Trainer("decoder", vae, peak=8e-4, weight_decay=1e-4, ema=0.995)
-    perceive = perception()
     spread = 1 / scaling_factor(trainer.model, sprites)
 
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:

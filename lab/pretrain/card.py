@@ -1,0 +1,96 @@
+"""The card in the assembled folder: what it is, data and licences, settings, time, scores."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lab.pretrain.concepts import CONCEPTS, HELD_OUT, PLACES
+
+GOALS = {
+    "naming": "pictures whose concept the CLIP tower picks from all {n}",
+    "naming_top5": "… among its first five",
+    "naming_real": "the same for real held-out scenes",
+    "naming_of_real": "share of the real scenes' share (goal 0.80)",
+    "place": "pictures whose place it picks from all {p} (goal 0.95)",
+    "place_real": "the same for real held-out scenes",
+    "diversity": "mean CLIP distance between four seeds of a prompt",
+    "diversity_real": "the same between real scenes",
+    "vae_psnr_db": "VAE, held-out scenes, dB (goal 28)",
+    "vae_psnr_unseen_subjects_db": "VAE, scenes of the ten subjects kept out of all training, dB",
+    "clip_recall_at_1_of_512": "CLIP recall@1 among 512 held-out scenes, mean of both ways (goal 0.75)",
+}
+
+TEXT = """# tiny-sdxl: the embedded base
+
+A true `StableDiffusionXLPipeline` for 64×64 pictures (two text encoders, text-time conditioning, VAE), small
+enough that a fine-tuning comparison takes a minute on two processor cores. `../tiny-clip` is its open_clip
+sibling. Made by `python -m lab.pretrain all`; every stage resumes, and starts from these weights where it has
+no checkpoint of its own.
+
+![samples](samples.png)
+
+## Data
+Pictures of {concepts} nameable concepts (`lab/pretrain/concepts.py`) in three drawing styles, composed on the fly
+on {places} drawn places: large, near the centre. The CLIP towers and the VAE also see the other emoji of the same
+categories (3,025 pictures in all); people, symbols and flags are left out.
+
+| source | style word | licence |
+|---|---|---|
+| Fluent Emoji 3D, © Microsoft (npm @lobehub/fluent-emoji-3d 1.1.0) | 3d | MIT |
+| Twemoji, © Twitter, Inc and other contributors (npm emoji-datasource-twitter 16.0.0) | flat | CC-BY 4.0 |
+| Noto Emoji, © Google (npm emoji-datasource-google 16.0.0) | noto | Apache-2.0 |
+
+Kept out of all training, in all styles, so that users can teach them: {held_out}.
+
+Captions: the plain name first ("a cat face in the snow"); a minority name the style ("a 3d emoji of …"), the medium,
+or no place. For scores, real scenes and the scored pictures' places are drawn with seeds of their own: the pictures'
+positions and backgrounds are new, the emoji are those of training.
+
+## Models
+| stage | model | training |
+|---|---|---|
+| clip | open_clip CLIP (ViT width 192, 6 layers, patch 8; text width 192, 4 layers) and a second text tower (width 128, 3 layers), {clip_m:.1f} M | {clip} |
+| vae | AutoencoderKL, channels {vae_channels}, {latents} latent channels, factor 8, {vae_m:.1f} M | {vae}; decoder alone: {decoder} |
+| unet | UNet2DConditionModel, channels {unet_channels}, cross-attention {cross}, {unet_m:.1f} M | {unet} |
+
+AdamW, warm-up, constant rate, cosine fall over the last third; averaged weights; bf16 autocast; clipping at 1. CLIP:
+batch 192, 8e-4; captions matched with all fitting pictures, every picture compared with the names of all concepts.
+VAE: batch 32, 1.5e-3; absolute, squared and slope error, KL 1e-4. UNet: batch 64, 8e-4; v-prediction, zero terminal
+SNR, 10 % empty prompts. Tokenizer: CLIP's first 8,000 merges, vocabulary 8,514, context 32.
+Sampling: Euler, trailing, 25 steps, guidance 5.
+
+## Scores
+{scores}
+"""
+
+
+def _trained(facts: dict) -> str:
+    return f"{facts['steps']:,} steps, {facts['seconds'] / 60:.0f} min" if facts else "not trained"
+
+
+def _scores(numbers: dict[str, float], before: dict[str, float]) -> str:
+    if not numbers:
+        return "Not scored yet: `python -m lab.pretrain score`."
+    head = "| | this | the start |\n|---|---|---|\n" if before else "| | this |\n|---|---|\n"
+    rows = []
+    for key, text in GOALS.items():
+        cells = [text.format(n=len(CONCEPTS), p=len(PLACES)), f"{numbers[key]:.3f}"]
+        rows.append("| " + " | ".join(cells + ([f"{before[key]:.3f}"] if before else [])) + " |")
+    return head + "\n".join(rows) + (
+        '\n\n"The start": the weights this lab began with, same prompts and seeds, same judge.' if before else "")
+
+
+def write(folder: Path, before: dict[str, float] | None = None) -> None:
+    """Write folder/README.md from the folder's own configs, training.json and score.json."""
+    def read(name: str) -> dict:
+        path = folder / name
+        return json.loads(path.read_text()) if path.exists() else {}
+    facts, unet, vae = read("training.json"), read("unet/config.json"), read("vae/config.json")
+    scores = read("score.json")
+    (folder / "README.md").write_text(TEXT.format(
+        concepts=len(CONCEPTS), places=len(PLACES), held_out=", ".join(HELD_OUT),
+        **{stage: _trained(facts.get(stage, {})) for stage in ("clip", "vae", "decoder", "unet")},
+        **{f"{stage}_m": facts.get(stage, {}).get("parameters", 0) / 1e6 for stage in ("clip", "vae", "unet")},
+        vae_channels="/".join(map(str, vae["block_out_channels"])), latents=vae["latent_channels"],
+        unet_channels="/".join(map(str, unet["block_out_channels"])), cross=unet["cross_attention_dim"],
+        scores=_scores(scores, before if before is not None else scores.get("start", {}))))
