@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> int:
     path = home / "attempts" / f"{Path(arguments[0]).name}.json"
     orders = json.loads(path.read_text(encoding="utf-8"))
     folder = home / orders["folder"]
-    print(f"--- attempt {orders['attempt']}, {time.strftime('%Y-%m-%d %H:%M:%S')} ---", flush=True)
+    _say(f"--- attempt {orders['attempt']}, {time.strftime('%Y-%m-%d %H:%M:%S')} ---")
     progress = Progress(folder / "progress.json")
     signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "stopping", True))
     progress.beat()
@@ -128,7 +128,7 @@ def explain(error: BaseException, folder: Path) -> tuple[int, str]:
         return CANCELLED, ""
     if isinstance(error, LabError):
         return FAILED, _one_line(str(error))
-    traceback.print_exception(error)
+    _say("".join(traceback.format_exception(error)))
     if disk.is_full(error):
         return DISK_FULL, disk.sentence(folder)
     text = str(error).lower()
@@ -140,13 +140,13 @@ def explain(error: BaseException, folder: Path) -> tuple[int, str]:
 
 def _tell(folder: Path, token: str, code: int, message: str) -> int:
     if message:
-        print(message, file=sys.stderr, flush=True)
+        _say(message)
     state = {DONE: "done", CANCELLED: "cancelled"}.get(code, "failed")
     try:
         reading.write_json(folder / "outcome.json", {"token": token, "state": state, "message": message})
     except OSError as error:
         # The exit code alone has to say it. Without an outcome a run is not done, so "done" becomes what went wrong.
-        traceback.print_exc()
+        _say(f"outcome.json: {error}")
         return code or (DISK_FULL if disk.is_full(error) else FAILED)
     return code
 
@@ -167,6 +167,12 @@ def _watch(progress: Progress, parent: int, orders: Path, token: str) -> None:
             os._exit(CANCELLED)
 
 
+def _say(text: str) -> None:
+    """To the log, which may be on the disk that is full."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:600]
 
@@ -182,6 +188,7 @@ def _finite(value: Any) -> Any:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)  # nothing is left to do: no waiting for threads or for CUDA to unload
