@@ -204,6 +204,13 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         return "lab." + super().__repr__()
 
 
+def check_finite(name: str, base: nn.Module) -> None:
+    """Raise LabError, naming the layer, when its weight holds NaN or infinity."""
+    weight: Any = base.weight
+    if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+        raise LabError(f"The base's weight of layer {name} holds NaN or infinity: load a sound base model.")
+
+
 def as_matrix(base: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """A base layer's weight (or a gradient of its shape) seen as (out, in·kh·kw)."""
     return weight.T if isinstance(base, Conv1D) else weight.reshape(weight.shape[0], -1)

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from lab.errors import LabError
-from lab.methods._layer import describe
+from lab.methods._layer import check_finite, describe
 from lab.methods._tuner import targets_of
 from lab.methods.spec import Layer
 
@@ -19,8 +18,7 @@ def checked_layers(model: torch.nn.Module, config: Any, method: Any, knobs: Any)
         layer = describe(name, base)
         method.refuse_conv(layer)
         method.check(layer, knobs)
-        if base.weight.is_floating_point() and not bool(torch.isfinite(base.weight).all()):
-            raise LabError(f"The base's weight of layer {name} holds NaN or infinity: load a sound base model.")
+        check_finite(name, base)
         layers.append(layer)
     return layers
 
@@ -55,8 +53,9 @@ def start_eva(model: Any, adapter: str, calibrate: Any, seed: int) -> None:
     """EVA's start: principal directions of the layers' inputs in batches that `calibrate` runs."""
     from peft.tuners.lora.eva import initialize_lora_eva_weights
 
-    def flat(inputs: torch.Tensor, _: Any, __: str) -> torch.Tensor:
-        return inputs.detach().float().reshape(-1, inputs.shape[-1])
+    def flat(inputs: Any, _: Any, __: str) -> torch.Tensor:
+        tokens = inputs[0] if isinstance(inputs, tuple) else inputs
+        return tokens.detach().float().reshape(-1, tokens.shape[-1])
 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
@@ -126,8 +125,8 @@ def start_of(start: Any, name: str, r: int, alpha: float, options: dict[str, Any
 
     weight = start.weight()
     m, n = weight.shape
-    base: Any = torch.nn.Linear(n, m, bias=False, device=weight.device)
-    base.weight.data = weight.clone()
+    base: Any = torch.nn.Linear(n, m, bias=False, device="meta")
+    base.weight = torch.nn.Parameter(weight.clone())
     if start.gradient is not None:
         base._peft_loraga_grad = start.gradient.clone()
     config = LoraConfig(r=r, lora_alpha=alpha, init_lora_weights=name, **options)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lab import counter
 from lab.errors import LabError
 from lab.methods import _file
-from lab.methods._layer import OwnLayer, as_matrix, describe
+from lab.methods._layer import OwnLayer, as_matrix, check_finite, describe
 from lab.methods.own import OwnMethod, Start, Tensors
 from lab.methods.spec import Layer
 
@@ -157,8 +157,9 @@ class OwnModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         knobs, targets = config.knobs(), targets_of(model, config)
         layers = [describe(name, base) for name, base in targets.items()]
-        for layer in layers:
+        for layer, base in zip(layers, targets.values(), strict=True):
             self.method.check(layer, knobs)
+            check_finite(layer.name, base)
         shared = self._share(adapter_name, layers, knobs, config, next(iter(targets.values())))
         self._plan: dict[str, tuple[Tensors, dict[str, nn.ParameterDict]]] = {}
         for layer, base in zip(layers, targets.values(), strict=True):
@@ -265,17 +266,14 @@ class OwnModel(BaseTuner):
 
 
 def make_start(layer: Layer, base: nn.Module, seed: int) -> Start:
-    """What `OwnMethod.init` gets for a layer; the weight is read, dequantised and checked when it is asked for."""
+    """What `OwnMethod.init` gets for a layer; the weight is read, dequantised when it is asked for."""
     from peft.utils.quantization_utils import resolve_quantization_backend
 
     @functools.cache
     def weight() -> torch.Tensor:
         backend = resolve_quantization_backend(base)
         raw = backend.get_base_weight(base) if backend else base.weight.detach()
-        matrix = as_matrix(base, raw).float()
-        if not bool(torch.isfinite(matrix).all()):
-            raise LabError(f"The base's weight of layer {layer.name} holds NaN or infinity: load a sound base model.")
-        return matrix
+        return as_matrix(base, raw).float()
 
     generator = torch.Generator().manual_seed(counter.key(seed, layer.name))
     return Start(layer, seed, weight, generator, base.weight.device)

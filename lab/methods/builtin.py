@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class PeftMethod(Method):
     """A tuner of PEFT's. Subclasses write `config`, the counts, and hooks where the method has any."""
 
+    alone = False  # PEFT allows no second trainable adapter of this kind
     changes_base = False  # its start rewrites the base weight: kept aside, and put back by `unload`
     tensors: dict[str, dict[str, str]] = {"trained": {}, "frozen": {"W": "m × n"}}
 
@@ -47,6 +48,8 @@ class PeftMethod(Method):
             raise LabError(
                 f"{self.name} starts from a batch's {self.needs}: pass calibrate=, a function that runs one."
             )
+        if self.alone and isinstance(model, PeftModel):
+            raise LabError(f"{self.name} trains one adapter at a time: take the other one off the model first.")
         config: Any = self.config(knobs, targets, seed)
         inner = model.base_model.model if isinstance(model, PeftModel) else model
         layers = support.checked_layers(inner, config, self, knobs)

@@ -207,6 +207,7 @@ class AdaLora(PeftMethod):
     summary = "An SVD-shaped update whose least important directions are taken away during training."
     equation = r"\Delta W = s\,P\,\mathrm{diag}(\lambda)\,Q,\quad P^\top P \approx QQ^\top \approx I"
     knobs = AdaLoraKnobs
+    alone = True
     low_rank = True
     conv = True
     tensors = {"trained": {"P": "m × r", "λ": "r", "Q": "r × n"}, "frozen": {"W": "m × n"}}
