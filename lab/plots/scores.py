@@ -31,7 +31,9 @@ def draw(records: Sequence[dict[str, Any]]) -> go.Figure:
                 error_x={"type": "data", "array": [spread], "thickness": 2, "width": 6} if spread else None,
                 mode="markers",
                 marker={"color": colour(record["method"]), "size": 12},
-                hovertemplate=f"{record['name']}: %{{x:.3f}}" + (f" ± {spread:.3f}" if spread else "") + "<extra></extra>",
+                hovertemplate=f"{record['name']}: %{{x:.3f}}"
+                + (f" ± {spread:.3f}" if spread else "")
+                + "<extra></extra>",
                 row=1,
                 col=column,
             )

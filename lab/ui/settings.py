@@ -1,0 +1,125 @@
+"""The Subject tab's advanced settings: their controls, and the task's spec made from what the visitor entered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from lab.bases import BASES
+from lab.errors import LabError
+from lab.registry import unknown
+from lab.tasks import TASKS
+
+DEFAULT_BASE = "tiny-sdxl"
+# The controls in the order in which handlers get their values.
+NAMES = (
+    "base", "targets", "steps", "batch", "lr", "seeds", "budget",
+    "prompts", "sample_seeds", "sampling_steps", "guidance",
+    "snr_gamma", "prior_weight", "flip", "resolution",
+)  # fmt: skip
+TARGETS = [
+    ("attention: q, k, v, out", "attn"),
+    ("attention: q, v", "q,v"),
+    ("attention and MLP", "all"),
+    ("MLP", "mlp"),
+]
+
+
+def defaults(base: str) -> dict[str, Any]:
+    """The task's settings for this base as it would fill them in itself."""
+    return TASKS["subject"].check({"base": base, "class_word": "subject"})
+
+
+def shown(base: str) -> dict[str, Any]:
+    """Values of the controls for a base's defaults."""
+    spec = defaults(base)
+    return {
+        "base": base,
+        "targets": spec["targets"],
+        "steps": spec["steps"],
+        "batch": spec["batch"],
+        "lr": None,
+        "seeds": ", ".join(map(str, spec["seeds"])),
+        "budget": None,
+        "prompts": "\n".join(spec["prompts"]),
+        "sample_seeds": ", ".join(map(str, spec["sample_seeds"])),
+        "sampling_steps": spec["sampling_steps"],
+        "guidance": spec["guidance"],
+        "snr_gamma": spec["snr_gamma"],
+        "prior_weight": spec["prior_weight"],
+        "flip": spec["flip"],
+        "resolution": spec["resolution"],
+    }
+
+
+def build() -> dict[str, Any]:
+    """The controls, in an accordion, by name."""
+    first = shown(DEFAULT_BASE)
+    bases = [(base.name, base.id) for base in BASES if base.family == "sdxl"]
+    made: dict[str, Any] = {}
+
+    def number(name: str, label: str, info: str, whole: bool = True) -> None:
+        made[name] = gr.Number(first[name], label=label, info=info, precision=0 if whole else None, min_width=140)
+
+    with gr.Accordion("Training, prompts and seeds", open=False, elem_id="advanced"):
+        with gr.Row():
+            made["base"] = gr.Dropdown(bases, value=first["base"], label="Base model", info="Shared by every method.")
+            made["targets"] = gr.Dropdown(
+                TARGETS, value=first["targets"], label="Layers to adapt", info="The same for every method."
+            )
+        with gr.Row():
+            number("steps", "Steps", "One step is one batch; the summary shows passes per picture.")
+            number("batch", "Batch", "Pictures a step.")
+            number("lr", "Learning rate", "Empty: each method's own.", whole=False)
+        with gr.Row():
+            made["seeds"] = gr.Textbox(
+                first["seeds"], label="Training seeds", info="Each method runs once per seed.", min_width=140
+            )
+            number("budget", "Equal budget", "Trainable parameters each method is fitted to. Empty: off.")
+        made["prompts"] = gr.Textbox(
+            first["prompts"], label="Prompts", info="One a line; {subject} becomes trigger and class word.", lines=4
+        )
+        with gr.Row():
+            made["sample_seeds"] = gr.Textbox(
+                first["sample_seeds"], label="Picture seeds", info="The same for every method.", min_width=140
+            )
+            number("sampling_steps", "Sampling steps", "Denoising steps a picture.")
+            number("guidance", "Guidance", "Classifier-free guidance.", whole=False)
+        with gr.Row():
+            number("snr_gamma", "Min-SNR gamma", "5 is usual. Empty: off.", whole=False)
+            number("prior_weight", "Prior preservation", "Weight of class pictures. 0: off.", whole=False)
+            number("resolution", "Resolution", "Empty: the base's own.")
+        made["flip"] = gr.Checkbox(
+            first["flip"], label="Mirror pictures at random", info="Leave off for subjects with writing or a side."
+        )
+    return {name: made[name] for name in NAMES}
+
+
+def spec(values: dict[str, Any]) -> dict[str, Any]:
+    """The part of a spec that these controls hold; what was left empty is left to the task. Raises LabError."""
+    base = values["base"]
+    if base not in BASES:  # a folder or Hub id is for the command line: a visitor must not make the lab load one
+        raise unknown("base model", str(base)[:60], BASES.ids())
+    prompts = [line.strip() for line in str(values["prompts"] or "").splitlines() if line.strip()]
+    found = {
+        "base": base,
+        "targets": values["targets"],
+        "seeds": _numbers(values["seeds"], "Training seeds"),
+        "sample_seeds": _numbers(values["sample_seeds"], "Picture seeds"),
+        "prompts": prompts or None,
+        "flip": bool(values["flip"]),
+        "lr": values["lr"] or None,
+        "snr_gamma": values["snr_gamma"] or None,
+    }
+    for name in ("steps", "batch", "budget", "sampling_steps", "guidance", "prior_weight", "resolution"):
+        found[name] = values[name]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _numbers(text: Any, name: str) -> list[int] | None:
+    parts = str(text if text is not None else "").replace(";", ",").replace(" ", ",").split(",")
+    try:
+        return [int(part) for part in parts if part] or None
+    except ValueError:
+        raise LabError(f"{name} must be whole numbers with commas between them, got '{str(text)[:60]}'.") from None

@@ -1,0 +1,233 @@
+"""The Subject tab before training: pictures, words, methods, settings, and what will be run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lab.bases import BASES
+from lab.errors import LabError
+from lab.methods import METHODS
+from lab.plots import colour
+from lab.runs import Store
+from lab.tasks import TASKS
+from lab.ui import choices, settings
+from lab.ui.drafts import MAX_CAPTION, Drafts, Picture, checked
+from lab.ui.examples import examples
+from lab.ui.html import dot, e, error, static, view
+from lab.ui.owner import owner_of
+from lab.uploads import check_text, decode
+
+LOW, HIGH = 3, 20  # pictures of a subject
+PICKER = """<div class="lab picker"><div class="methods"></div>
+<details><summary></summary><input class="search" type="search" placeholder="Search by name or kind" aria-label="search methods"><div class="rest"></div></details></div>"""
+
+
+def step(number: int, title: str, hint: str) -> gr.HTML:
+    return gr.HTML(
+        f'<div class="lab step"><i>{number}</i><h2>{e(title)}</h2><p>{e(hint)}</p></div>',
+        apply_default_css=False,
+        js_on_load=None,
+    )
+
+
+@dataclass
+class Setup:
+    """The components that other parts wire up."""
+
+    form: dict[str, Any]  # pictures, class_word, trigger, picker and the settings' controls, in this order
+    files: gr.File
+    examples: gr.HTML
+    summary: gr.HTML
+    notice: gr.HTML
+    train: gr.Button
+
+
+def build() -> Setup:
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=7, min_width=320):
+            step(1, "Pictures", "3 to 20 of one subject. The bright square is what is trained on: drag it.")
+            files = gr.File(
+                label="Pictures (and captions as .txt of the same name)",
+                file_count="multiple", height=132, elem_id="upload",
+            )  # fmt: skip
+            gallery = view(_examples(), apply_default_css=False, elem_id="examples")
+            pictures = gr.HTML(
+                [],
+                html_template='<div class="lab pics"></div>',
+                js_on_load=static("pictures.js"),
+                apply_default_css=False,
+                elem_id="pictures",
+                placeholder="a sks subject",
+            )
+            step(2, "Words", "What it is, and a rare word that will come to mean yours.")
+            with gr.Row():
+                class_word = gr.Textbox(
+                    label="Class word", placeholder="fox", max_length=500, elem_id="class-word", min_width=140
+                )
+                trigger = gr.Textbox("sks", label="Trigger word", max_length=500, elem_id="trigger", min_width=140)
+            step(3, "Methods", "Every ticked method trains on the same pictures, seeds and steps.")
+            base = BASES[settings.DEFAULT_BASE]
+            picker = gr.HTML(
+                {"chosen": [id for id in choices.TICKED if id in METHODS], "knobs": {}},
+                html_template=PICKER,
+                js_on_load=static("methods.js"),
+                apply_default_css=False,
+                elem_id="picker",
+                rows=choices.rows(base),
+                counts={},
+                pinned=sum(id in METHODS for id in choices.PINNED),
+            )
+            controls = settings.build()
+        with gr.Column(scale=3, min_width=290, elem_classes="aside"):
+            summary = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="summary")
+            train = gr.Button("Train", variant="primary", size="lg", elem_id="train", elem_classes="train")
+            notice = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="notice")
+    form = {"pictures": pictures, "class_word": class_word, "trigger": trigger, "picker": picker, **controls}
+    return Setup(form, files, gallery, summary, notice, train)
+
+
+def _examples() -> str:
+    cards = "".join(
+        f'<button type="button" class="example" data-do="example" data-id="{e(x.id)}"><span class="mosaic">'
+        + "".join(
+            f'<img src="files/examples/{e(x.id)}/{i}" alt="" loading="lazy">' for i in range(min(4, len(x.pictures)))
+        )
+        + f"</span><span>{e(x.name)}<small>{len(x.pictures)} pictures</small></span></button>"
+        for x in examples().values()
+    )
+    hint = "<small>or begin with an example</small>" if cards else ""
+    return f'<div class="lab">{hint}<div class="examples">{cards}</div></div>'
+
+
+# -- handlers: plain functions ---------------------------------------------------------------------------
+def add_files(store: Store, owner: str, paths: list[str] | None, pictures: Any) -> tuple[list[Picture], list[str]]:
+    """The pictures with the uploaded ones added, and one sentence for every file that could not be used.
+
+    A .txt file is the caption of the picture with the same stem, whether that came before, with, or not at all.
+    """
+    drafts, kept = Drafts(store.home, owner), checked(pictures)
+    problems: list[str] = []
+    captions: dict[str, str] = {}
+    images = []
+    for path in [Path(p) for p in paths or []]:
+        if path.suffix.lower() != ".txt":
+            images.append(path)
+            continue
+        try:
+            text = path.read_bytes()[:4000].decode("utf-8", "replace")
+            captions[path.stem] = check_text(f"The caption file '{path.name[:60]}'", text, MAX_CAPTION)
+        except LabError as problem:
+            problems.append(str(problem))
+    for path in images:
+        if len(kept) >= HIGH:
+            problems.append(f"'{path.name[:60]}' was left out: at most {HIGH} pictures are used.")
+            continue
+        try:
+            kept.append(drafts.add(decode(path, name=path.name), captions.pop(path.stem, "")))
+        except LabError as problem:
+            problems.append(str(problem))
+    problems += [f"There is no picture for the caption file '{stem[:60]}.txt'." for stem in captions]
+    return kept, problems
+
+
+def use_example(store: Store, owner: str, id: Any) -> tuple[list[Picture], str]:
+    """An example's pictures as a draft of this owner's, and its class word."""
+    if id not in examples():
+        raise LabError("There is no such example subject.")
+    example, drafts = examples()[id], Drafts(store.home, owner)
+    pairs = zip(example.pictures, example.captions, strict=True)
+    return [drafts.add(decode(path), caption) for path, caption in pairs], example.class_word
+
+
+def spec_of(values: dict[str, Any]) -> tuple[dict[str, Any], list[Picture]]:
+    """The spec that the form stands for, checked by the task, and the pictures it is about. Raises LabError."""
+    pictures = checked(values["pictures"], HIGH)
+    if len(pictures) < LOW:
+        raise LabError(f"Between {LOW} and {HIGH} pictures of the subject are needed, {len(pictures)} given.")
+    words = {name: check_text(f"The {name.replace('_', ' ')}", values[name], 60) for name in ("class_word",)}
+    trigger = check_text("The trigger word", values["trigger"], 40, empty=True)
+    spec = settings.spec(values) | words | {"trigger": trigger, "methods": choices.checked(values["picker"])}
+    spec |= {"captions": [p["caption"] for p in pictures], "crops": [p["crop"] for p in pictures]}
+    spec["pictures"] = len(pictures)
+    return TASKS["subject"].check(spec), pictures
+
+
+def submit(store: Store, owner: str, values: dict[str, Any]) -> str:
+    """Queue the comparison that the form describes; its id."""
+    spec, pictures = spec_of(values)
+    drafts = Drafts(store.home, owner)
+    return store.submit(owner, "subject", spec, [drafts.image(p["id"]) for p in pictures])
+
+
+def missing(values: dict[str, Any]) -> list[str]:
+    """What still has to be done before Train can work, each in a few words."""
+    count = len(values["pictures"] or []) if isinstance(values["pictures"], list) else 0
+    todo = []
+    if count < LOW:
+        todo.append(
+            f"add {LOW - count} more picture{'s' if LOW - count > 1 else ''}" if count else "add 3 to 20 pictures"
+        )
+    if not str(values["class_word"] or "").strip():
+        todo.append("say what the subject is (class word)")
+    if not (isinstance(values["picker"], dict) and values["picker"].get("chosen")):
+        todo.append("tick at least one method")
+    return todo
+
+
+def summarise(values: dict[str, Any]) -> str:
+    """What pressing Train will do, as HTML."""
+    todo = missing(values)
+    if todo:
+        return _panel([], "", "".join(f"<li>{e(t)}</li>" for t in todo))
+    try:
+        spec, pictures = spec_of(values)
+    except LabError as problem:
+        return _panel([], "", f"<li>{e(problem)}</li>")
+    runs = len(spec["methods"]) * len(spec["seeds"])
+    facts = [
+        ("Base", BASES[spec["base"]].name),
+        ("Pictures", f"{len(pictures)}"),
+        (
+            "Runs",
+            f"{len(spec['methods'])} method{'s' * (len(spec['methods']) > 1)} × {len(spec['seeds'])} seed{'s' * (len(spec['seeds']) > 1)} = {runs}",
+        ),
+        ("Steps a run", f"{spec['steps']:,} × batch {spec['batch']}"),
+        ("Each picture is seen", f"{spec['steps'] * spec['batch'] / len(pictures):,.0f} times"),
+        ("Grid", f"{len(spec['prompts'])} prompts × {len(spec['sample_seeds'])} seeds"),
+    ]
+    return _panel(facts, _bars(spec), "")
+
+
+def _bars(spec: dict[str, Any]) -> str:
+    base = BASES[spec["base"]]
+    counts = {
+        id: choices.count(base, spec["targets"], METHODS[id], METHODS[id].knobs.parse(knobs))
+        for id, knobs in spec["methods"].items()
+    }
+    most = max(count["n"] or 0 for count in counts.values()) or 1
+    rows = "".join(
+        f'<div class="bar" style="--c:{colour(id)};--w:{100 * (count["n"] or 0) / most:.1f}%" title="{e(count["error"])}">'
+        f'<span>{dot(id)} {e(METHODS[id].name)}</span><span class="num">{e(count["text"])}</span><u></u></div>'
+        for id, count in counts.items()
+    )
+    return f'<div class="bars"><small>trainable parameters</small>{rows}</div>'
+
+
+def _panel(facts: list[tuple[str, str]], more: str, todo: str) -> str:
+    rows = "".join(f'<dt>{e(k)}</dt><dd class="num">{e(v)}</dd>' for k, v in facts)
+    title = "Ready to train" if facts else "Before training"
+    return (
+        f'<div class="lab summary"><h3>{title}</h3>{f"<dl>{rows}</dl>" if rows else ""}{more}'
+        f"{f'<ul>{todo}</ul>' if todo else ''}</div>"
+    )
+
+
+def notices(problems: list[str]) -> str:
+    return "".join(f'<div class="lab">{error(problem)}</div>' for problem in problems)
+
+
+__all__ = ["Setup", "add_files", "build", "owner_of", "spec_of", "submit", "summarise", "use_example"]

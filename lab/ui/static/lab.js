@@ -1,0 +1,104 @@
+/* What the page does without asking the server: theme, address bar, enlarging pictures, sliders over pictures. */
+(() => {
+  const store = { get: (k) => { try { return localStorage.getItem(k); } catch { return null; } },
+                  set: (k, v) => { try { localStorage.setItem(k, v); } catch { /* private window */ } } };
+
+  /* ---- theme: the visitor's choice, or the system's; `?__theme=` (Gradio's own) wins ---- */
+  const asked = new URLSearchParams(location.search).get("__theme");
+  const wantsDark = () => {
+    const choice = asked || store.get("nora_theme");
+    return choice ? choice === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  };
+  const paint = () => {
+    document.documentElement.classList.toggle("dark", wantsDark());
+    document.body?.classList.toggle("dark", wantsDark());
+  };
+  paint();
+  document.addEventListener("DOMContentLoaded", () => {
+    paint();
+    // Gradio sets the class from the system's preference when it mounts: keep the visitor's choice.
+    let kept = 0;
+    const observer = new MutationObserver(() => {
+      if (document.body.classList.contains("dark") !== dark && kept++ < 20) document.body.classList.toggle("dark", dark);
+    });
+    let dark = wantsDark();
+    observer.observe(document.body, { attributes: true, attributeFilter: ["class"] });
+    lab.theme = () => {
+      dark = !document.body.classList.contains("dark");
+      kept = 0;
+      store.set("nora_theme", dark ? "dark" : "light");
+      document.documentElement.classList.toggle("dark", dark);
+      document.body.classList.toggle("dark", dark);
+    };
+  });
+
+  /* ---- address bar: each tab has its own parameters, the open tab's stand there ---- */
+  const first = Object.fromEntries(new URLSearchParams(location.search));
+  const kept = {};
+  let current = first.tab || "subject";
+  kept[current] = Object.fromEntries(Object.entries(first).filter(([k]) => k !== "tab" && !k.startsWith("__")));
+  const write = () => {
+    const query = new URLSearchParams({ tab: current, ...kept[current] });
+    if (asked) query.set("__theme", asked);
+    history.replaceState(null, "", `${location.pathname}?${query}`);
+  };
+  const lab = (window.lab = {
+    params(tab, values) {
+      kept[tab] = Object.fromEntries(Object.entries(values).filter(([, v]) => v !== null && v !== undefined && v !== ""));
+      if (tab === current) write();
+    },
+    select(tab) { current = tab; write(); },
+    theme() {},
+  });
+
+  /* ---- pictures: click enlarges, arrow keys go on to the neighbours in the grid ---- */
+  let box, cells = [], at = 0;
+  const show = (index) => {
+    at = (index + cells.length) % cells.length;
+    const img = cells[at];
+    box.querySelector("img").src = img.currentSrc || img.src;
+    box.querySelector("img").alt = img.alt;
+    box.querySelector("figcaption").textContent = img.alt;
+  };
+  const move = (key) => {
+    const row = cells[at].closest("[data-row]");
+    const width = row ? row.querySelectorAll("img[data-zoom]").length || 1 : 1;
+    show(at + { ArrowRight: 1, ArrowLeft: -1, ArrowDown: width, ArrowUp: -width }[key]);
+  };
+  const open = (img) => {
+    if (!box) {
+      box = document.createElement("dialog");
+      box.className = "lightbox";
+      box.innerHTML = '<figure><img alt=""><figcaption></figcaption></figure>' +
+        '<button class="prev" aria-label="previous picture">‹</button><button class="next" aria-label="next picture">›</button>' +
+        '<button class="close" aria-label="close">×</button>';
+      box.addEventListener("click", (event) => {
+        if (event.target.closest(".prev")) move("ArrowLeft");
+        else if (event.target.closest(".next")) move("ArrowRight");
+        else if (!event.target.closest("img")) box.close();
+      });
+      box.addEventListener("keydown", (event) => {
+        if (event.key.startsWith("Arrow")) { event.preventDefault(); move(event.key); }
+      });
+      document.body.append(box);
+    }
+    cells = [...(img.closest("[data-zooms]") || img.parentElement).querySelectorAll("img[data-zoom]")];
+    box.showModal();
+    show(cells.indexOf(img));
+  };
+  document.addEventListener("click", (event) => {
+    const img = event.target.closest?.("img[data-zoom]");
+    if (img) { open(img); return; }
+    if (event.target.closest?.("[data-theme-toggle]")) lab.theme();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && event.target.matches?.("img[data-zoom]")) open(event.target);
+  });
+
+  /* ---- two pictures over each other: the range input moves the cut ---- */
+  document.addEventListener("input", (event) => {
+    if (event.target.matches?.("input[data-cut]")) {
+      event.target.closest(".over").style.setProperty("--cut", `${event.target.value}%`);
+    }
+  });
+})();

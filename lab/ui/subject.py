@@ -1,0 +1,183 @@
+"""Subject tab: pictures in, a comparison out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from lab.bases import BASES
+from lab.errors import LabError
+from lab.jobs import ensure_worker
+from lab.runs import Store
+from lab.ui import Page, Tab, choices, comparison, settings, setup
+from lab.ui.drafts import Drafts, checked
+from lab.ui.html import sentences
+from lab.ui.owner import owner_of
+
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+def build(page: Page) -> None:
+    marks = gr.State({})  # what the panel shows already, so that a tick sends only what changed
+    shown_id = gr.Textbox(visible="hidden", elem_id="shown-comparison")
+    timer = gr.Timer(comparison.TICK_S, active=False)
+    with gr.Column(visible=True, elem_id="setup") as before:
+        form = setup.build()
+    with gr.Column(visible=False, elem_id="comparison") as after:
+        back = gr.Button("← New comparison", size="sm", elem_id="back", scale=0, min_width=160)
+        panel, pick = comparison.build()
+    _wire_setup(page, form)
+    _wire_panel(page, form, (before, after), (back, timer, shown_id, marks), panel, pick)
+
+
+# -- before training -------------------------------------------------------------------------------------
+def _wire_setup(page: Page, form: setup.Setup) -> None:
+    store, names, inputs = page.store, list(form.form), list(form.form.values())
+    pictures, picker, class_word = form.form["pictures"], form.form["picker"], form.form["class_word"]
+
+    def changed(request: gr.Request, *values: Any) -> tuple[str, Any, Any]:
+        given = dict(zip(names, values, strict=True))
+        remember(store, owner_of(request), given)
+        return setup.summarise(given), gr.HTML(counts=counts(given)), gr.HTML(placeholder=placeholder(given))
+
+    def added(request: gr.Request, paths: list[str] | None, now: Any) -> tuple[Any, str, None]:
+        kept, problems = setup.add_files(store, owner_of(request), paths, now)
+        return kept, setup.notices(problems), None
+
+    def example(request: gr.Request, event: gr.EventData) -> tuple[Any, str, str]:
+        kept, word = setup.use_example(store, owner_of(request), event._data.get("id"))
+        return kept, word, ""
+
+    def rebased(base: str) -> list[Any]:
+        if base not in BASES:
+            raise LabError("There is no such base model here.")
+        return [*settings.shown(base).values(), gr.HTML(rows=choices.rows(BASES[base]))]
+
+    def restored(request: gr.Request) -> list[Any]:
+        draft = Drafts(store.home, owner_of(request)).load()
+        word, trigger, ticked = draft.get("class_word", ""), draft.get("trigger", "sks"), draft.get("picker")
+        return [draft.get("pictures", []), word, trigger, ticked or gr.skip()]
+
+    refreshed = [form.summary, picker, pictures]
+    again = {"fn": sentences(changed), "inputs": inputs, "outputs": refreshed, "trigger_mode": "always_last", **QUIET}
+    controls = [form.form[name] for name in settings.NAMES]
+    typed = [class_word, form.form["trigger"], *controls]
+    gr.on([pictures.input, picker.input, *(c.change for c in typed)], **again)
+    form.files.upload(
+        sentences(added), [form.files, pictures], [pictures, form.notice, form.files], **QUIET | {"show_progress": "full"},
+        show_progress_on=form.files,
+    ).then(**again)  # fmt: skip
+    form.examples.click(sentences(example), None, [pictures, class_word, form.notice], **QUIET).then(**again)
+    form.form["base"].input(sentences(rebased), form.form["base"], [*controls, picker], **QUIET)
+    words = [pictures, class_word, form.form["trigger"], picker]
+    page.demo.load(sentences(restored), None, words, **QUIET).then(**again)
+
+    def train(request: gr.Request, *values: Any) -> tuple[Any, str]:
+        try:
+            cid = setup.submit(store, owner_of(request), dict(zip(names, values, strict=True)))
+            ensure_worker(store.home)
+        except LabError as problem:
+            return gr.skip(), setup.notices([str(problem)])
+        return cid, ""
+
+    form.train.click(train, inputs, [page.opened, form.notice], **QUIET)
+
+
+def counts(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Parameter counts for the picker; a base or layers that are not the page's have none."""
+    try:
+        return choices.counts(values["base"], values["targets"], values["picker"])
+    except LabError:
+        return {}
+
+
+def placeholder(values: dict[str, Any]) -> str:
+    """What a picture without a caption is trained with."""
+    words = f"{values['trigger'] or ''} {values['class_word'] or 'subject'}".split()
+    return f"a {' '.join(words)}"[:80]
+
+
+def remember(store: Store, owner: str, values: dict[str, Any]) -> None:
+    """Keep the draft for the next visit; a form that does not check is not kept, and that is no error here."""
+    try:
+        draft = {"pictures": checked(values["pictures"])}
+    except LabError:
+        return
+    for name in ("class_word", "trigger"):
+        draft[name] = str(values[name] or "")[:500]
+    if isinstance(values["picker"], dict) and len(str(values["picker"])) < 20_000:
+        draft["picker"] = values["picker"]
+    Drafts(store.home, owner).save(draft)
+
+
+# -- from Train on ---------------------------------------------------------------------------------------
+def _wire_panel(
+    page: Page,
+    form: setup.Setup,
+    columns: tuple[gr.Column, gr.Column],
+    parts: tuple[gr.Button, gr.Timer, gr.Textbox, gr.State],
+    panel: comparison.Panel,
+    pick: comparison.Choosers,
+) -> None:
+    store, (back, timer, shown_id, marks) = page.store, parts
+    views, names = panel.all(), list(vars(pick))
+    size, picks = len(views), len(names)
+
+    def show(request: gr.Request, cid: str | None) -> list[Any]:
+        """Everything, for a comparison that was just opened (or closed)."""
+        sides = [gr.Column(visible=not cid), gr.Column(visible=bool(cid))]
+        if not cid:
+            return [*sides, *[gr.skip()] * (size + picks), gr.Timer(active=False), "", {}]
+        owner = owner_of(request)
+        try:
+            found = store.comparison(owner, cid)
+        except LabError as problem:
+            empty = [comparison.gone(problem), "", "", None, "", gr.Column(visible=False), *[gr.skip()] * (size - 6)]
+            return [*sides, *empty, *[gr.skip()] * picks, gr.Timer(active=False), "", {}]
+        now = comparison.chosen(found, {})
+        fresh, seen = comparison.updates(comparison.contents(store, owner, found, now), {})
+        active = gr.Timer(active=comparison.unfinished(found))
+        return [*sides, *fresh, *comparison.choosers(found, now), active, cid, seen]
+
+    def refresh(request: gr.Request, cid: str | None, seen: dict[str, int], *given: Any) -> list[Any]:
+        """What changed since the last time."""
+        if not cid:
+            return [*[gr.skip()] * size, gr.Timer(active=False), seen]
+        owner = owner_of(request)
+        try:
+            found = store.comparison(owner, cid)
+        except LabError as problem:
+            return [comparison.gone(problem), *[gr.skip()] * (size - 1), gr.Timer(active=False), {}]
+        now = comparison.chosen(found, dict(zip(names, given, strict=True)))
+        fresh, seen = comparison.updates(comparison.contents(store, owner, found, now), seen or {})
+        return [*fresh, gr.skip() if comparison.unfinished(found) else gr.Timer(active=False), seen]
+
+    def act(request: gr.Request, cid: str | None, event: gr.EventData) -> Any:
+        comparison.act(store, owner_of(request), cid or "", event._data or {})
+        ensure_worker(store.home)
+        return gr.Timer(active=True)
+
+    def land(request: gr.Request) -> str | None:
+        return dict(request.query_params).get("comparison") or None
+
+    address = "(id) => { window.lab.params('subject', {comparison: id}); }"
+    again = {
+        "fn": sentences(refresh),
+        "inputs": [page.opened, marks, *pick.all()],
+        "outputs": [*views, timer, marks],
+        "trigger_mode": "always_last",
+        **QUIET,
+    }
+    page.opened.change(
+        sentences(show), page.opened, [*columns, *views, *pick.all(), timer, shown_id, marks], **QUIET
+    ).then(None, shown_id, None, js=address)
+    timer.tick(**again)
+    gr.on([c.input for c in pick.all()], **again)
+    for buttons in (panel.head, panel.queue):
+        buttons.click(sentences(act), page.opened, timer, **QUIET).then(**again)
+    back.click(lambda: None, None, page.opened, **QUIET)
+    page.demo.load(land, None, page.opened, **QUIET)
+
+
+TAB = Tab("subject", "Subject", 10, build)
