@@ -52,16 +52,18 @@ class LoraProAdamW(torch.optim.Optimizer):
             if A.grad is None or B.grad is None:
                 continue
             if group["full"]:
-                self._full(group, A, B)
+                self._full(group, A, B, A.grad, B.grad)
             else:
                 for p, g in zip((A, B), lora_pro(A, B, A.grad, B.grad, group["scale"]), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.sub_(self._adam(p, g, group), alpha=group["lr"])
         return loss
 
-    def _full(self, group: dict[str, Any], A: torch.Tensor, B: torch.Tensor) -> None:
+    def _full(
+        self, group: dict[str, Any], A: torch.Tensor, B: torch.Tensor, grad_a: torch.Tensor, grad_b: torch.Tensor
+    ) -> None:
         s, lr = group["scale"], group["lr"]
-        g_a, g_b = lora_pro(A, B, A.grad, B.grad, s, gauge=False)  # the gauge X drops out of s(B·g_A + g_B·A)
+        g_a, g_b = lora_pro(A, B, grad_a, grad_b, s, gauge=False)  # X drops out of s(B·g_A + g_B·A)
         direction = self._adam(A, s * (B @ g_a + g_b @ A), group)  # (m, n)
         d_a, d_b = lora_pro(A, B, s * B.T @ direction, s * direction @ A.T, s)
         shrink = math.sqrt(max(0.0, 1 - lr * group["weight_decay"]))  # of the product: 1 − lr·weight_decay
