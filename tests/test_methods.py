@@ -24,6 +24,7 @@ OWN = [pytest.param(m, id=m.id) for m in METHODS if isinstance(m, OwnMethod)]
 def _home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LAB_HOME", str(tmp_path_factory.getbasetemp() / "lab"))
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("method", ROWS)

@@ -7,6 +7,7 @@ factorised updates), builtin_shared.py (tensors shared by layers) and builtin_ot
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import LabError
@@ -14,7 +15,7 @@ from lab.methods.spec import Layer, Method
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 
 class PeftMethod(Method):
@@ -67,6 +68,17 @@ class PeftMethod(Method):
             support.restore_on_unload(made, kept)
         return made
 
+    peft_config = ""  # name of PEFT's configuration class
+
+    def config(self, knobs: Any, targets: str | list[str], seed: int) -> PeftConfig:
+        import peft
+
+        return getattr(peft, self.peft_config)(target_modules=targets, **self.arguments(knobs, seed))
+
+    def arguments(self, knobs: Any, seed: int) -> dict[str, Any]:
+        """PEFT's names and values of the settings."""
+        return asdict(knobs)
+
     def prepare(self, model: torch.nn.Module, config: Any, layers: list[Layer], calibrate: Any) -> Any:
         """What the start needs of a batch, before PEFT's tuner is put in place; `finish` gets it."""
         return None
@@ -77,3 +89,13 @@ class PeftMethod(Method):
     def refuse_conv(self, layer: Layer) -> None:
         if layer.kernel and not self.conv:
             raise LabError(f"{self.name} adapts linear layers only, and {layer.name} is a convolution: leave it out.")
+
+    def must_divide(self, layer: Layer, size: int, what: str, *sides: int) -> None:
+        """Raise LabError, naming the layer, when a block size does not divide a side of its weight."""
+        for side in sides or (layer.m, layer.n):
+            if side % size:
+                raise LabError(f"{what} is {size}, which does not divide {side} of layer {layer.name}.")
+
+    def at_most(self, layer: Layer, value: int, limit: int, what: str) -> None:
+        if value > limit:
+            raise LabError(f"{what} is {value}, but layer {layer.name} ({layer.m}×{layer.n}) allows at most {limit}.")
