@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.errors import LabError
+from lab.files import write_json
 from lab.jobs import disk, processes, reading
 from lab.tasks import TASKS, Cancelled, PlannedRun
 
@@ -93,7 +94,6 @@ def main(arguments: list[str]) -> int:
         if not processes.die_with(parent):
             return CANCELLED
         processes.volunteer_for_oom()
-        os.nice(5)  # the page on the same cores stays quick
     faulthandler.enable()  # a segmentation fault leaves its stack in the log
     from lab.runs import default_home
 
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> int:
     progress.beat()
     threading.Thread(target=_watch, args=(progress, parent, path, orders["token"]), daemon=True).start()
     try:
-        reading.write_json(folder / "result.json", _finite(_run(home, orders, folder, progress)))
+        write_json(folder / "result.json", _finite(_run(home, orders, folder, progress)))
     except BaseException as error:  # a task's SystemExit too
         code, message = explain(error, folder)
     else:

@@ -24,7 +24,7 @@ def json_file(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write all of it or nothing: a reader, or a crash, never finds half a file."""
+    """As `lab.files.write_json`, but not flushed to the disk: several times a second, for what a power cut may take."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
