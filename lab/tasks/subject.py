@@ -63,8 +63,9 @@ class Subject:
         for name in spec:
             if name not in DEFAULTS:
                 raise unknown("setting", name, list(DEFAULTS))
-        base = resolve(_text("base", spec.get("base", DEFAULTS["base"]), 500))
-        full = DEFAULTS | base.preset(self.id) | {k: v for k, v in spec.items() if v is not None}
+        given = {name: value for name, value in spec.items() if value is not None}
+        base = resolve(_text("base", given.get("base", DEFAULTS["base"]), 500))
+        full = DEFAULTS | base.preset(self.id) | given
         full |= {"base": base.id, "targets": full["targets"] or base.targets}
         _check_words(full)
         _check_numbers(full, base)
@@ -272,7 +273,15 @@ def _learning_rates(base: Base, methods: dict[str, Any], given: Any) -> dict[str
 
 
 def _fit_budget(base: Base, spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    raise LabError("placeholder")
+    """Settings with which every method trains about `budget` parameters on this base's layers."""
+    from lab.architectures import load, shapes
+    from lab.budget import solve
+
+    layers = shapes(load(base.architecture).select(spec["targets"]))
+    starts = {id: METHODS[id].knobs.parse(knobs) for id, knobs in spec["methods"].items()}
+    return {
+        id: dataclasses.asdict(solve(METHODS[id], layers, spec["budget"], start).knobs) for id, start in starts.items()
+    }
 
 
 register(Subject())
