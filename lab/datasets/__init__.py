@@ -75,6 +75,7 @@ class Dataset:
     load: Callable[[Path], Listing]
     folder: str = ""  # under LAB_DATA; empty: comes with the lab
     summary: str = ""
+    flip: bool = True  # whether a mirror image is still of its class
     order: int = 100
 
     def listing(self) -> Listing:

@@ -40,6 +40,7 @@ register(
         licence="CC BY 4.0, UCI Machine Learning Repository, doi 10.24432/C50P49",
         load=_load,
         summary="10 digits of 8×8 pixels, 1,797 pictures, as scikit-learn ships them.",
+        flip=False,
         order=11,
     )
 )

@@ -83,7 +83,7 @@ class Linear(ClipMethod):
         with torch.no_grad():
             for parameter in parameters:
                 parameter.zero_()
-        solver = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
+        solver = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
         batch = Batch(episode.train.labels, features=episode.train.features)
 
         def closure() -> torch.Tensor:

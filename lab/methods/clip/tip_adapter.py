@@ -46,7 +46,7 @@ class TipAdapter(ClipMethod):
         from lab.clip.episode import Head
 
         frozen = {
-            "keys": episode.train.features,
+            "cached": episode.train.features,
             "values": F.one_hot(episode.train.labels, len(episode.classes)).float(),
             "texts": episode.zero_shot,
         }
@@ -62,7 +62,7 @@ class TipAdapter(ClipMethod):
 
         features = batch.features
         with torch.autocast(features.device.type, enabled=False):
-            affinity = features @ head["keys"].T
+            affinity = features @ head["cached"].T
             cache = torch.exp(-head["beta"] * (1 - affinity)) @ head["values"]
             return cosine_logits(features, head["texts"], head["clip"].scale) + head["alpha"] * cache
 

@@ -30,7 +30,7 @@ class TipAdapterF(TipAdapter):
     published = Recipe((1e-3,), epochs=20, batch=256, weight_decay=0.01)
 
     def head(self, make: type[Head], knobs: TipKnobs, frozen: dict[str, torch.Tensor], episode: Episode) -> Head:
-        trained = {"keys": frozen.pop("keys")}
+        trained = {"cached": frozen.pop("cached")}
         alpha, beta = knobs.alpha or 1.0, knobs.beta or 5.5
         return make(knobs, trained, frozen, clip=episode.clip, alpha=alpha, beta=beta).to(episode.clip.device)
 

@@ -1,0 +1,184 @@
+"""One run of the few-shot task: for each number of shots, draw, train, choose on validation, look at the test set once."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lab import datasets
+from lab import device as devices
+from lab.clip import episode as episodes
+from lab.clip import fit as fitting
+from lab.clip.adapter import AdapterMethod
+from lab.clip.bases import resolve
+from lab.clip.episode import Episode, Head
+from lab.clip.fit import Fitted
+from lab.clip.method import ClipMethod, Recipe
+from lab.clip.model import Clip
+from lab.clip.pictures import TestSet
+from lab.clip.scores import score
+from lab.errors import LabError
+from lab.files import write_atomic, write_json
+from lab.record import record
+from lab.tasks import PlannedRun, Report
+from lab.tasks.fewshot import PRESETS, method, recipe
+
+
+def run(spec: dict[str, Any], planned: PlannedRun, folder: Path, report: Report) -> dict[str, Any]:
+    """See `lab.tasks.Task.run`. Writes meta.json, validation.jsonl and, for each number of shots, what was trained
+    (`state.safetensors`, for adapters `adapter/` too) and result.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report(0, 1, phase="loading the model")
+    clip, listing = model(spec["base"]), pictures(spec["dataset"])
+    write_json(folder / "meta.json", record(spec, planned, devices.describe(clip.device)))
+    done = [_shots(spec, planned, k, folder, _part(report, i, spec["shots"])) for i, k in enumerate(spec["shots"])]
+    return {
+        "method": planned.method,
+        "seed": planned.seed,
+        "knobs": planned.knobs,
+        "dataset": spec["dataset"],
+        "classes": spec["classes"] or listing.classes,
+        "duplicates": listing.duplicates,
+        "trainable_parameters": done[-1]["trainable_parameters"],
+        "train_seconds": sum(part["train_seconds"] for part in done),
+        "peak_memory_bytes": max(part["peak_memory_bytes"] for part in done),
+        "accuracy": {str(part["shots"]): part["accuracy"] for part in done},
+        "shots": done,
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def model(base: str) -> Clip:
+    """The base, loaded once a process; methods that change weights work on a copy."""
+    return resolve(base).load()
+
+
+@functools.lru_cache(maxsize=2)
+def pictures(dataset: str) -> datasets.Listing:
+    return datasets.resolve(dataset, local=False).listing()
+
+
+def runner(id: str) -> ClipMethod:
+    """What trains this method: CLIP's own row, or the bridge to an adapter."""
+    row = method(id)
+    return row if isinstance(row, ClipMethod) else AdapterMethod(row)
+
+
+def episode(spec: dict[str, Any], shots: int, seed: int) -> Episode:
+    """The draw of one run, as the spec says. Raises LabError when a class has too few pictures, or names do not fit."""
+    clip, listing, preset = model(spec["base"]), pictures(spec["dataset"]), PRESETS[spec["preset"]]
+    classes = spec["classes"] or listing.classes
+    if len(classes) != len(listing.classes):
+        raise LabError(f"The dataset has {len(listing.classes)} classes, {len(classes)} names were given.")
+    flip = datasets.resolve(spec["dataset"], local=False).flip if spec["flip"] is None else spec["flip"]
+    return episodes.make(
+        clip,
+        listing,
+        classes,
+        [spec["template"]],
+        shots,
+        seed,
+        encoder=spec["encoder"],
+        targets=spec["targets"],
+        crop=tuple(spec["crop"] or preset.crop),
+        flip=bool(flip),
+        extra_views=preset.extra_views,
+    )
+
+
+def build(spec: dict[str, Any], planned: PlannedRun, shots: int, folder: Path) -> tuple[ClipMethod, Head]:
+    """A trained classifier as a finished run left it in `folder`: for new pictures. Raises LabError if it did not."""
+    from safetensors.torch import load_file
+
+    here = folder / f"shots-{shots}"
+    if not (here / "result.json").exists():
+        raise LabError(f"{planned.method} has not finished {shots} shots yet.")
+    trained, drawn = runner(planned.method), episode(spec, shots, planned.seed)
+    devices.seed_everything(planned.seed)
+    head = trained.build(drawn, method(planned.method).knobs.parse(planned.knobs))
+    head.also |= json.loads((here / "result.json").read_text())["settled"]
+    state = load_file(here / "state.safetensors") if (here / "state.safetensors").exists() else {}
+    fitting.restore(trained, head, {name: tensor.to(drawn.clip.device) for name, tensor in state.items()})
+    return trained, head
+
+
+def _part(report: Report, index: int, shots: list[int]) -> Report:
+    """The report of one number of shots as a part of the run's: progress counts all of them."""
+    lengths: dict[str, int] = {}
+
+    def told(step: int, steps: int, **values: Any) -> None:
+        lengths["steps"] = steps
+        phase = f"{shots[index]} shots: {values.pop('phase', 'training')}"
+        report(index * steps + step, len(shots) * steps, phase=phase, **values)
+
+    return told
+
+
+def _shots(spec: dict[str, Any], planned: PlannedRun, shots: int, folder: Path, report: Report) -> dict[str, Any]:
+    here = folder / f"shots-{shots}"
+    if (here / "result.json").exists():
+        return json.loads((here / "result.json").read_text())
+    here.mkdir(exist_ok=True)
+    report(0, 1, phase="reading pictures")
+    trained, drawn, plan = runner(planned.method), episode(spec, shots, planned.seed), recipe(spec, planned.method)
+    knobs = method(planned.method).knobs.parse(planned.knobs)
+    fitted = fitting.fit(trained, drawn, knobs, plan, here, report, _note(folder / "validation.jsonl", shots))
+    report(1, 1, phase="testing")
+    held_out = TestSet(drawn.clip, pictures(spec["dataset"]), datasets.home() / "cache" / "features")
+    logits = fitting.test(trained, fitted.head, held_out)
+    scores = score(logits, held_out.labels, [picture.key for picture in held_out.listing.test])
+    result = _result(trained, fitted, drawn, plan, _save(trained, fitted.head, here)) | scores
+    write_json(here / "result.json", result)
+    return result
+
+
+def _result(trained: ClipMethod, fitted: Fitted, drawn: Episode, plan: Recipe, size: int) -> dict[str, Any]:
+    return {
+        "shots": drawn.shots,
+        "trainable_parameters": fitted.head.parameter_count(),
+        "adapter_bytes": size,
+        "train_seconds": fitted.train_seconds,
+        "peak_memory_bytes": fitted.peak_memory_bytes,
+        "validation_accuracy": fitted.validation_accuracy,
+        "train_pictures": len(drawn.train),
+        "validation_pictures": len(drawn.validation),
+        "steps": plan.length(drawn.shots, len(drawn.train)) if trained.trains else 0,
+        "best_step": fitted.step,
+        "lr": fitted.rate,
+        "settled": fitted.settled,
+    }
+
+
+def _save(trained: ClipMethod, head: Head, folder: Path) -> int:
+    """What was trained, as one file; adapters also as PEFT's folder. Returns the file's size in bytes.
+
+    Beyond 50 million numbers (full fine-tuning of a large model) they are rounded to bf16.
+    """
+    from peft import PeftModel
+    from safetensors.torch import save
+
+    state = fitting.learned(trained, head)
+    if not state:
+        return 0
+    large = sum(tensor.numel() for tensor in state.values()) > 50e6
+    kept = {k: v.to(torch.bfloat16 if large and v.is_floating_point() else v.dtype).cpu() for k, v in state.items()}
+    content = save({name: tensor.contiguous() for name, tensor in kept.items()})
+    write_atomic(folder / "state.safetensors", content)
+    if isinstance(head.model, PeftModel):
+        head.model.save_pretrained(str(folder / "adapter"))
+    return len(content)
+
+
+def _note(path: Path, shots: int) -> Callable[..., None]:
+    """Appends a line for each validation to the run's curve."""
+
+    def note(**values: Any) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"shots": shots} | values) + "\n")
+
+    return note
