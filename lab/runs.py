@@ -15,9 +15,10 @@ import re
 import shutil
 import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from lab.errors import LabError
 from lab.jobs import disk, reading
@@ -29,6 +30,7 @@ from lab.tasks import TASKS, PlannedRun
 if TYPE_CHECKING:
     from PIL import Image
 
+T = TypeVar("T")
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 STATES: tuple[State, ...] = ("queued", "running", "done", "failed", "cancelled")
 
@@ -289,15 +291,19 @@ class Store:
     # -- changing ----------------------------------------------------------------------------------------
     def cancel(self, owner: Owner, run_id: str) -> Run:
         """Stop a run: a queued one at once, a running one within two seconds. Its files stay; Retry goes on from them."""
-        with self._table.transaction():
-            run = self.run(owner, run_id)
-            if run.state == "queued":
-                sql = "UPDATE runs SET state = 'cancelled', finished = ?, phase = '' WHERE id = ?"
-                self._table.write(sql, time.time(), run_id)
-            elif run.state == "running":
-                self._table.write("UPDATE runs SET cancel = 1, phase = 'cancelling' WHERE id = ?", run_id)
-            else:
-                raise LabError(f"This run is {run.state} already: there is nothing to cancel.")
+
+        def stop() -> None:
+            with self._table.transaction():
+                run = self.run(owner, run_id)
+                if run.state == "queued":
+                    sql = "UPDATE runs SET state = 'cancelled', finished = ?, phase = '' WHERE id = ?"
+                    self._table.write(sql, time.time(), run_id)
+                elif run.state == "running":
+                    self._table.write("UPDATE runs SET cancel = 1, phase = 'cancelling' WHERE id = ?", run_id)
+                else:
+                    raise LabError(f"This run is {run.state} already: there is nothing to cancel.")
+
+        self._changing(stop)
         return self.run(owner, run_id)
 
     def cancel_comparison(self, owner: Owner, comparison_id: str) -> Comparison:
@@ -318,22 +324,35 @@ class Store:
             "UPDATE runs SET state = 'queued', queued = ?, attempt = 0, cancel = 0, message = '', phase = '', "
             "rate = NULL, eta = NULL, started = NULL, finished = NULL WHERE id = ? AND state IN ('failed', 'cancelled')"
         )
-        if not self._table.write(sql, time.time(), run_id):
+        if not self._changing(lambda: self._table.write(sql, time.time(), run_id)):
             raise LabError(f"This run is {run.state}: only failed and cancelled runs can be retried.")
         return self.run(owner, run_id)
 
     def delete(self, owner: Owner, comparison_id: str) -> None:
         """Remove the comparison, its uploads, adapters and pictures for good. Refused while one of its runs is running."""
         folder = self._folder(self.comparison(owner, comparison_id).id)
-        bin = self.home / "deleted" / new_id()
-        bin.parent.mkdir(mode=0o700, exist_ok=True)
-        with self._table.transaction():
-            if any(run.state == "running" for run in self.comparison(owner, comparison_id).runs):
-                raise LabError("A run of this comparison is still going: cancel it first, then delete.")
-            self._table.write("DELETE FROM comparisons WHERE id = ?", comparison_id)  # its runs go with it
-            if folder.exists():
-                folder.replace(bin)
-        shutil.rmtree(bin, ignore_errors=True)  # what is left after a crash here, `sweep` removes
+        leaving = folder.with_name(f"{folder.name}.deleted")  # beside it: needs no room on a full disk
+
+        def remove() -> None:
+            with self._table.transaction():
+                if any(run.state == "running" for run in self.comparison(owner, comparison_id).runs):
+                    raise LabError("A run of this comparison is still going: cancel it first, then delete.")
+                self._table.write("DELETE FROM comparisons WHERE id = ?", comparison_id)  # its runs go with it
+                if folder.exists():
+                    folder.replace(leaving)
+
+        self._changing(remove)
+        shutil.rmtree(leaving, ignore_errors=True)  # what is left after a crash here, the next worker sweeps away
+
+    def _changing(self, change: Callable[[], T]) -> T:
+        try:
+            return self._table.with_room(change)
+        except sqlite3.OperationalError as error:
+            if disk.is_full(error):
+                raise LabError(
+                    "The disk is full, so this could not be written down: make room and try again."
+                ) from error
+            raise
 
     def _folder(self, comparison_id: str) -> Path:
         return comparison_folder(self.home, comparison_id)

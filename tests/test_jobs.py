@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 
 from lab.jobs import BACKENDS, ensure_worker, processes, workers
+from lab.jobs.table import Table
 from lab.jobs.worker import Worker
 from lab.runs import Run, Store
 from tests import queue_task
@@ -238,6 +240,24 @@ def test_failed_run_goes_on_after_retry(store: Store, home: Path) -> None:
     assert (done.state, done.message, done.attempt) == ("done", "", 1)
     assert done.result()["value"] == queue_task.expected(0, 10)
     assert done.result()["began_at"] == 4
+
+
+def test_full_disk_is_written_down_with_the_room_kept_back(
+    store: Store, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, run = submit(store, methods={"lora": {"do": "full"}})
+    finish = Table.finish
+
+    def full(table: Table, *values: Any, **more: Any) -> None:
+        if (home / "reserve").exists():
+            raise sqlite3.OperationalError("database or disk is full")
+        finish(table, *values, **more)
+
+    monkeypatch.setattr(Table, "finish", full)
+    worker = Worker(home, BACKENDS["local"], "main")
+    worker.serve(drain=True)
+    assert store.run(ME, base.id).state == "done"
+    assert store.run(ME, run.id).message.startswith("The disk is full")
 
 
 def test_interrupted_too_often_is_failed(store: Store, home: Path) -> None:

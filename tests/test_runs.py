@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from PIL import Image
 import lab.jobs.folders
 from lab.errors import LabError
 from lab.jobs.folders import STRAY_SECONDS, sweep
+from lab.jobs.table import Table
 from lab.runs import ANYONE, Store, default_home
 from tests import queue_task  # registers the task "toy"
 
@@ -226,6 +228,30 @@ def test_submission_that_fails_leaves_nothing(store: Store, monkeypatch: pytest.
     assert files(store.home) == []
 
 
+def test_full_disk_can_still_be_tidied(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table cannot be written: not even that something is deleted, until the reserve is given up."""
+    cid = submit(store)
+    base, run = store.comparison(ME, cid).runs
+    write = Table.write
+
+    def full(table: Table, sql: str, *values: Any) -> int:
+        if (store.home / "reserve").exists() or sql.startswith("UPDATE runs SET state = 'queued'"):
+            raise sqlite3.OperationalError("database or disk is full")
+        return write(table, sql, *values)
+
+    store._table.keep_reserve()
+    assert (store.home / "reserve").stat().st_size == 2**20
+    monkeypatch.setattr(Table, "write", full)
+    assert store.cancel(ME, run.id).state == "cancelled"
+    assert not (store.home / "reserve").exists()
+    with pytest.raises(LabError, match="The disk is full, so this could not be written down"):
+        store.retry(ME, run.id)
+    store._table.keep_reserve()
+    store.delete(ME, cid)
+    assert files(store.home) == []
+    assert base.position == 1
+
+
 KILLED_HALFWAY = """
 import os, sys
 from pathlib import Path
@@ -254,11 +280,10 @@ def test_killed_while_submitting(store: Store, place: str) -> None:
     os.utime(stray, (0, time.time() - STRAY_SECONDS - 10))
     kept = submit(store)
     (store.home / "comparisons" / ("a" * 24)).mkdir()  # moved in, never committed
-    (store.home / "deleted" / "x").mkdir(parents=True)
+    (store.home / "comparisons" / ("b" * 24 + ".deleted") / "runs").mkdir(parents=True)
     sweep(store.home, store._table)
     assert [p.name for p in (store.home / "comparisons").iterdir()] == [kept]
     assert list((store.home / "incoming").iterdir()) == []
-    assert not (store.home / "deleted").exists()
 
 
 def test_limits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

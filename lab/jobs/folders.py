@@ -61,7 +61,8 @@ def write_inputs(folder: Path, spec: str, images: list[Image.Image]) -> None:
 
 def sweep(home: Path, table: Table) -> None:
     """Remove what processes that died left behind: half-written submissions, half-deleted comparisons."""
-    shutil.rmtree(home / "deleted", ignore_errors=True)
+    for path in (home / "comparisons").glob("*.deleted"):
+        shutil.rmtree(path, ignore_errors=True)
     for path in (home / "incoming").glob("*"):
         if time.time() - path.lstat().st_mtime > STRAY_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

@@ -7,14 +7,20 @@ delete) and the worker that holds the run's device (everything else). The traini
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from lab.jobs import disk
+
+T = TypeVar("T")
 VERSION = 1
+RESERVE_BYTES = 2**20
 SCHEMA = """
 CREATE TABLE comparisons (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, task TEXT NOT NULL, title TEXT NOT NULL, spec TEXT NOT NULL,
@@ -60,7 +66,7 @@ class Table:
 
     def __init__(self, home: Path, durable: bool = False) -> None:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)  # other people's pictures: not for other users to read
-        self.path = home / "lab.db"
+        self.path, self._reserve = home / "lab.db", home / "reserve"
         self._lock = threading.RLock()
         self._db = sqlite3.connect(self.path, timeout=15, isolation_level=None, check_same_thread=False)
         self._db.row_factory = sqlite3.Row
@@ -106,6 +112,29 @@ class Table:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+
+    def with_room(self, change: Callable[[], T]) -> T:
+        """Do a change; on a full disk give the reserve up and do it once more, so that one can still delete things."""
+        try:
+            return change()
+        except sqlite3.OperationalError as error:
+            if not disk.is_full(error) or not self.release_reserve():
+                raise
+            return change()
+
+    def keep_reserve(self) -> None:
+        """Keep a little of the disk back, for the day when all else is full and the table has to say so."""
+        with contextlib.suppress(OSError):
+            if not self._reserve.exists() and shutil.disk_usage(self._reserve.parent).free > 8 * RESERVE_BYTES:
+                self._reserve.write_bytes(os.urandom(RESERVE_BYTES))  # random: a file system may compress zeros away
+
+    def release_reserve(self) -> bool:
+        """Whether there was something to give up."""
+        try:
+            self._reserve.unlink()
+        except OSError:
+            return False
+        return True
 
     # -- the queue ---------------------------------------------------------------------------------------
     def order(self) -> list[str]:

@@ -62,8 +62,8 @@ class Worker:
         self.lock = processes.Lock(workers.lock_path(self.home, backend.id, device))
         self.stopping = False
         self._active: list[Watched] = []
-        self._later = 0.0
-        self._looked = 0.0
+        self._adopted = False
+        self._later, self._looked = 0.0, -STRAY_SECONDS
 
     def serve(self, drain: bool = False, idle_seconds: float = 900.0) -> None:
         """Work until told to stop (SIGTERM), idle for `idle_seconds`, or with `drain` until the queue is empty.
@@ -76,14 +76,14 @@ class Worker:
         self.table = Table(self.home)
         _log(f"{self.name}: worker {os.getpid()} at work")
         sweep(self.home, self.table)
-        self._adopt(self.name)
         busy = time.monotonic()
         while not (self.stopping and not self._active) and self.table.path.exists():
             try:
                 self._turn()
             except sqlite3.OperationalError as error:  # busy or full: the table is as it was, so do the same again
                 _log(f"{self.name}: {error}")
-                time.sleep(1.0)
+                if not (disk.is_full(error) and self.table.release_reserve()):
+                    time.sleep(1.0)
                 continue
             if self._active:
                 busy = time.monotonic()
@@ -101,6 +101,9 @@ class Worker:
         return not self.table.order() or not self.lock.take()
 
     def _turn(self) -> None:
+        if not self._adopted:
+            self._adopt(self.name)
+            self._adopted = True
         cancelled = self.table.to_cancel(self.name)
         for watched in list(self._active):
             self._see_to(watched, watched.id in cancelled)
@@ -109,6 +112,7 @@ class Worker:
         now = time.monotonic()
         if now - self._looked > STRAY_SECONDS:
             self._looked = now
+            self.table.keep_reserve()
             self._adopt_strays()
         while len(self._active) < self.backend.slots() and now >= self._later:
             row = self.table.claim(self.name)
@@ -240,7 +244,10 @@ class Worker:
 
     def _adopt(self, name: str) -> None:
         """See to the runs that the table calls running on a worker whose lock we hold."""
+        watched = {watched.id for watched in self._active}
         for row in self.table.running(name):
+            if row["id"] in watched:
+                continue
             orders = self._orders(row)
             attempt = self.backend.find(orders) if name == self.name else None
             state, message = self._outcome(orders, CANCELLED)
