@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from lab import device as devices
 from lab import metrics
 from lab.bases import resolve
 from lab.diffusion import encode_pictures, encode_prompts, sample, training_schedule
+from lab.errors import LabError
 from lab.files import write_atomic, write_json
 from lab.images import cropped, read_folder, strip
 from lab.methods import METHODS
@@ -76,7 +78,8 @@ class _Run:
             size = self._save(model)
             drawn = self.draw_and_score()
             self.report("measuring the drift")
-            drift = metrics.drift(metrics.scorer(self.base.scorer), before, self._unrelated()) if before else None
+            scorer = self._scorer()
+            drift = metrics.drift(scorer, before, self._unrelated()) if scorer and before else None
         finally:
             model.unload()
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
@@ -195,6 +198,14 @@ class _Run:
         texts = self.spec["unrelated_prompts"]
         return self._draw(texts, [UNRELATED_SEED] * len(texts), "drawing unrelated prompts") if texts else []
 
+    def _scorer(self) -> metrics.Scorer | None:
+        """None where it cannot be had, as without a network: hours of training are not thrown away for a score."""
+        try:
+            return metrics.scorer(self.base.scorer)
+        except LabError as error:
+            print(f"The pictures are not scored: {error}", file=sys.stderr, flush=True)
+            return None
+
     def draw_and_score(self) -> dict[str, Any]:
         """Draw every prompt with every sample seed into `samples/`, and score the pictures."""
         seeds, began = self.spec["sample_seeds"], time.perf_counter()
@@ -204,10 +215,13 @@ class _Run:
         for i, picture in enumerate(drawn):
             _save_png(picture, self.folder / "samples" / f"p{i // len(seeds)}_s{seeds[i % len(seeds)]}.png")
         self.report("scoring")
+        scorer = self._scorer()
+        if scorer is None:
+            return {"sample_seconds": seconds} | dict.fromkeys(("clip_t", "clip_i", "clip_t_each", "clip_i_each"))
         crops = self.spec["crops"] or [None] * len(self.pictures)
         shown = [cropped(p, c, self.resolution, i) for i, (p, c) in enumerate(zip(self.pictures, crops, strict=True))]
         asked = [text for text in prompts(self.spec, "base") for _ in seeds]  # without the trigger, no real word
-        return {"sample_seconds": seconds} | metrics.scores(metrics.scorer(self.base.scorer), drawn, asked, shown)
+        return {"sample_seconds": seconds} | metrics.scores(scorer, drawn, asked, shown)
 
 
 def _save_png(picture: Image.Image, path: Path) -> None:
