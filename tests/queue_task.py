@@ -14,7 +14,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -78,21 +77,13 @@ def misbehave(knobs: dict[str, Any], step: int, folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "exit":
             os._exit(7)
-        case "leave":
-            sys.exit(0)
         case "error":
             raise RuntimeError("the frobnicator\nis loose")
         case "refuse":
             raise LabError("The pictures are all of the same wall: send others.")
-        case "memory":
-            raise MemoryError
-        case "cuda":
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
         case "full":  # the kernel's own ENOSPC
             with Path("/dev/full").open("w") as file:
                 file.write("x" * 100_000)
-        case "safetensors":
-            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
         case "limit":  # nothing can be written from here on, not even outcome.json
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -17,10 +18,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lab.jobs import BACKENDS, ensure_worker, processes, workers
+from lab.errors import LabError
+from lab.jobs import BACKENDS, child, ensure_worker, processes, workers
 from lab.jobs.table import Table
 from lab.jobs.worker import Worker
 from lab.runs import Run, Store
+from lab.tasks import Cancelled
 from tests import queue_task
 
 ME = "me"
@@ -154,9 +157,9 @@ def test_killed_worker_takes_its_child_along_and_the_next_goes_on(store: Store, 
     run, after = submit(store, steps=60, seconds=0.03, seeds=[0, 1])[1:]
     ensure_worker(home)
     at_step(store, run, 20)
-    first, child = worker_pid(home), child_pid(run)
+    first, pid = worker_pid(home), child_pid(run)
     os.kill(first, signal.SIGKILL)
-    wait(lambda: not alive(child), "the child's end")
+    wait(lambda: not alive(pid), "the child's end")
     assert store.run(ME, run.id).state == "running"  # nobody is there to say otherwise
     assert wait(lambda: ensure_worker(home), "a new worker") == 1
     assert worker_pid(home) != first
@@ -203,14 +206,33 @@ CRASHES = {
 REFUSALS = {
     "refuse": "The pictures are all of the same wall: send others.",
     "error": "The run stopped on an error (RuntimeError: the frobnicator); its log says where.",
-    "memory": "Memory ran out",
-    "cuda": "Memory ran out",
     "full": "The disk is full",
-    "safetensors": "The disk is full",
     "limit": "The disk is full",
     "exit": "The run ended with exit code 7",
-    "leave": "The run stopped on an error (SystemExit: 0)",
 }
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (MemoryError(), child.NO_MEMORY, "Memory ran out"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), child.NO_MEMORY, "Memory ran out"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), child.NO_MEMORY, "Memory ran out"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), child.DISK_FULL, "The disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), child.DISK_FULL, "The disk is full"),
+        (SystemExit(0), child.FAILED, "The run stopped on an error (SystemExit: 0)"),
+        (LabError("Two\nlines."), child.FAILED, "Two lines."),
+        (Cancelled(), child.CANCELLED, ""),
+    ],
+)
+def test_reasons(tmp_path: Path, error: BaseException, code: int, sentence: str) -> None:
+    given, message = child.explain(error, tmp_path)
+    assert given == code
+    assert message.startswith(sentence)
+    if code == child.DISK_FULL:  # the same where it is only the cause of what arrives
+        outer = RuntimeError("saving failed")
+        outer.__cause__ = error
+        assert child.explain(outer, tmp_path)[0] == code
 
 
 def test_each_bad_end_is_one_sentence_and_the_queue_goes_on(store: Store, home: Path) -> None:
@@ -327,20 +349,7 @@ def test_worker_leaves_when_idle_and_none_is_left_waiting(
     assert ended(store, run).state == "done"
 
 
-def test_owners_take_turns(store: Store, home: Path) -> None:
-    many = submit(store, owner="many", seeds=list(range(8)))
-    few = submit(store, owner="few")
-    assert store.run("few", few[0].id).position == 2  # not 10
-    drain(home)
-    order = sorted(store.runs("many") + store.runs("few"), key=lambda r: r.started)
-    assert [r.comparison == few[0].comparison for r in order[:4]] == [False, True, False, True]
-    assert {r.state for r in order} == {"done"}
-    assert len(many) == 9
-
-
 def test_unknown_backend_is_one_sentence(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lab.errors import LabError
-
     monkeypatch.setenv("LAB_BACKEND", "slurm")
     with pytest.raises(LabError, match="Unknown queue backend 'slurm'"):
         ensure_worker(home)

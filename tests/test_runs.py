@@ -181,6 +181,30 @@ def test_state_of_a_comparison(store: Store, states: list[str], expected: str) -
     assert store.comparison(ME, cid).state == expected
 
 
+def test_owners_take_turns(store: Store) -> None:
+    """A visitor with one comparison waits for one run of the other's, not for all."""
+    many, few = submit(store, owner="many", seeds=list(range(4))), submit(store, owner="few")
+    assert store.comparison("few", few).runs[0].position == 2
+    taken = []
+    while (row := store._table.claim("w")) is not None:
+        positions = [run.position for run in store.runs(ANYONE) if run.position]
+        assert sorted(positions) == list(range(1, len(positions) + 1))
+        taken.append((row["comparison"] == few, row["method"]))
+        store._table.finish(row["id"], "done")
+    assert [method for mine, method in taken if mine] == ["base", "lora"]
+    assert [mine for mine, _ in taken] == [False, True, False, True, False, False, False]
+    assert store.comparison("many", many).state == "done"
+
+
+def test_interrupted_run_keeps_its_place(store: Store) -> None:
+    first, second = (run.id for run in store.comparison(ME, submit(store)).runs)
+    store._table.claim("w")
+    store._table.requeue(first, "to be resumed", "It was interrupted.")
+    assert (store.run(ME, first).position, store.run(ME, first).message) == (1, "It was interrupted.")
+    assert store._table.claim("w")["attempt"] == 2
+    assert store._table.claim("w")["id"] == second
+
+
 def test_delete(store: Store) -> None:
     kept, cid = submit(store), submit(store)
     running = store._table.claim("w")
