@@ -2,7 +2,7 @@
 
 The same on every device, library version and chunking, which no library generator promises. The mixer is the
 two-multiply xorshift hash of the hash-prospector search (github.com/skeeto/hash-prospector, 0x21f0aaad/0x735a2d97),
-applied twice with two different words of the key between, so that streams are not shifted copies of each other.
+applied to the position, then to that xor the stream's own word: streams are not shifted copies of each other.
 int32 products wrap modulo 2³² on every backend of torch; a committed checksum guards that.
 """
 
@@ -42,27 +42,28 @@ def words(key: int, streams: range, positions: range, device: torch.device | str
     positions[j] alone. Positions and streams must stay under 2³¹."""
     low, high = _signed(key & _MASK), _signed((key >> 31) & _MASK)
     s = torch.arange(streams.start, streams.stop, dtype=torch.int32, device=device)
-    a = _mix_(s * 2 ^ low, torch.empty_like(s))  # two words a stream
-    b = _mix_((s * 2 + 1) ^ high, torch.empty_like(s))
     p = torch.arange(positions.start, positions.stop, dtype=torch.int32, device=device)
-    x = p[None, :] ^ a[:, None]
-    scratch = torch.empty_like(x)
-    _mix_(x, scratch).add_(b[:, None])
-    return _mix_(x, scratch)
+    for word, axis in ((high, s), (low, p)):
+        _mix_(axis.bitwise_xor_(word), torch.empty_like(axis))
+    x = p[None, :] ^ _mix_(s.add_(low), torch.empty_like(s))[:, None]
+    return _mix_(x, torch.empty_like(x))
+
+
+def uniform_bytes(key: int, streams: range, positions: range, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Signed bytes b (len(streams), len(positions)), int8: (b + ½)/128 is uniform over 256 values in (-1, 1).
+
+    Four a word, in little-endian order. `positions` must start at a multiple of four.
+    """
+    first, last = positions.start // 4, -(-positions.stop // 4)
+    return words(key, streams, range(first, last), device).view(torch.int8)[:, : len(positions)]
 
 
 def uniform(key: int, streams: range, positions: range, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Uniform float32 in [-1, 1), every value a multiple of 2⁻²³: exact, so the same on every device."""
-    return words(key, streams, positions, device).bitwise_right_shift_(8).float().mul_(2.0**-23)
+    """The same as float32 in (-1, 1): every value is exact, mean 0, variance 1/3."""
+    return (uniform_bytes(key, streams, positions, device).float() + 0.5) / 128
 
 
 def signs(key: int, stream: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """`count` random signs ±1 as float32."""
     bits = words(key, range(stream, stream + 1), range(count), device)[0]
     return (bits.bitwise_right_shift_(31) * 2 + 1).float()  # the top bit, shifted arithmetically, is -1 or 0
-
-
-def permutation(key: int, stream: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """A random permutation of range(count) as int64: positions in the order of their words; ties by position."""
-    bits = words(key, range(stream, stream + 1), range(count), "cpu")[0].long()
-    return torch.argsort(bits * count + torch.arange(count), stable=True).to(device)

@@ -32,11 +32,14 @@ def seal(
 ) -> dict[str, torch.Tensor]:
     """The adapter's trained tensors, with frozen ones where they are stored, fingerprint and checksum."""
     layers = layers_of(model, adapter)
+    knobs, method = config.knobs(), tuner.method
+    if method.packs(knobs):
+        tensors = {f"{tuner.prefix}packed_{k}": v for k, v in method.pack(tensors, knobs).items()}
     if config.stored:
         for name, layer in layers.items():
             for key, value in layer.frozen(adapter).items():
                 tensors[f"{name}.{tuner.prefix}{key}.{adapter}"] = value
-    elif derived := tuner.method.derived(config.knobs()):
+    elif derived := method.derived(knobs):
         tensors[f"{tuner.prefix}fingerprint"] = fingerprint(layers, adapter, derived)
     plain = {tuner._remove_adapter_name_from_key(k, adapter): v for k, v in tensors.items()}
     tensors[f"{tuner.prefix}checksum"] = checksum(plain)
@@ -103,6 +106,19 @@ def _compare(layers: dict[str, OwnLayer], adapter: str, derived: tuple[str, ...]
             f"This adapter was trained on another base: layer {worst.layer.name} does not give the frozen tensors it was"
             " trained with. Load its own base in the precision it was trained in, or save with the frozen tensors stored."
         )
+
+
+def unpacked(tuner: Any, model: Any, config: Any, adapter: str, content: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A packed file's contents as the adapter's trained tensors; any other file's as they are."""
+    knobs, start = config.knobs(), f"{tuner.prefix}packed_"
+    if not tuner.method.packs(knobs):
+        return content
+    packed = {k.rpartition(start)[2]: v for k, v in content.items() if start in k}
+    shapes = {}
+    for name, layer in layers_of(model, adapter).items():
+        for attribute in layer.adapter_layer_names:
+            shapes[f"{name}.{attribute}"] = tuple(getattr(layer, attribute)[adapter].shape)
+    return {k: v for k, v in content.items() if start not in k} | tuner.method.unpack(packed, shapes, knobs)
 
 
 def checksum(tensors: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -53,9 +53,11 @@ class OwnConfig(PeftConfig):
         self.knobs()
 
     def knobs(self) -> Any:
-        """The method's settings, checked."""
+        """The method's settings, checked, with the adapter's seed."""
         kind = type(self).method.knobs
-        return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
+        made = kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(kind)})
+        made.seed = self.seed
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
@@ -259,6 +261,7 @@ class OwnModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: Any, config: Any, adapter_name: str, state_dict: Any) -> Any:
         content, extras = _file.open_sealed(cls, config, state_dict)
+        content = _file.unpacked(cls, model, config, adapter_name, content)
         mapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=content
         )

@@ -81,7 +81,8 @@ class OwnMethod(Method):
     """A method of the lab. Subclass, fill in the row's attributes, write `init` and `factors` or `delta`.
 
     In `factors`, `delta` and `forward` the mapping `t` holds the trained and frozen tensors by name, and, for methods
-    that ask for it, `t["weight"]` (m, n). They are pure: no state, no random numbers (keep a seed in a frozen tensor).
+    that ask for it, `t["weight"]` (m, n). They are pure: no state, no random numbers but those of lab/counter.py, keyed by
+    `knobs.seed` (the adapter's seed) and the layer's name.
     """
 
     own = True
@@ -108,8 +109,14 @@ class OwnMethod(Method):
 
     def forward(self, site: OwnLayer, x: torch.Tensor, t: Mapping[str, torch.Tensor], knobs: Any) -> torch.Tensor:
         """What the adapter adds to the layer's output for x. Override only for a faster way to the same numbers."""
-        pair = self.factors(t, knobs, site.layer)
-        return site.low_rank(x, *pair) if pair is not None else site.dense(x, self.delta(t, knobs, site.layer))
+        with site.full_precision():
+            pair = self.factors(t, knobs, site.layer)
+            delta = self.delta(t, knobs, site.layer) if pair is None else None
+        return site.low_rank(x, *pair) if delta is None else site.dense(x, delta)
+
+    def dense(self, layer: Layer, knobs: Any) -> bool:
+        """Whether the update has no factors on this layer, so that W + ΔW in one product is the faster way."""
+        return type(self).factors is OwnMethod.factors
 
     # -- tensors that layers share ------------------------------------------------------------------------
     def init_shared(self, layers: list[Layer], knobs: Any, start: Start) -> dict[str, torch.Tensor]:
@@ -153,6 +160,20 @@ class OwnMethod(Method):
     def before_step(self, model: torch.nn.Module, step: int, steps: int) -> None:
         for _, site, adapter in self.sites(model):
             site.stages[adapter] = self.stage(site.knobs[adapter], step, steps)
+
+    def packs(self, knobs: Any) -> bool:
+        """Whether a file holds all trained tensors in a packed form of the method's own."""
+        return False
+
+    def pack(self, tensors: dict[str, torch.Tensor], knobs: Any) -> dict[str, torch.Tensor]:
+        """The packed form of the trained tensors of all layers, by their names in the file."""
+        raise NotImplementedError(f"{type(self).__name__} must write pack")
+
+    def unpack(
+        self, packed: Mapping[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], knobs: Any
+    ) -> dict[str, torch.Tensor]:
+        """What `pack` packed, by the names in `shapes`."""
+        raise NotImplementedError(f"{type(self).__name__} must write unpack")
 
     # -- the row ------------------------------------------------------------------------------------------
     @property

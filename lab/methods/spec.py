@@ -66,7 +66,12 @@ def knob(
 
 @dataclass
 class Knobs:
-    """Base of every method's settings: a dataclass of `knob` fields, checked on construction."""
+    """Base of every method's settings: a dataclass of `knob` fields, checked on construction.
+
+    `seed` is no setting but the adapter's seed, put here when it is attached, for methods with random bases.
+    """
+
+    seed = 0
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
