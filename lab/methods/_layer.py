@@ -156,9 +156,16 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         inputs = x if torch.is_autocast_enabled(x.device.type) else x.float()
         for adapter in adapters:
-            added = self.methods[adapter].forward(self, inputs, self.tensors(adapter), self.knobs[adapter])
+            added = self.methods[adapter].forward(self, inputs, self._seen(adapter), self.knobs[adapter])
             result = result + added.to(result.dtype)
         return result
+
+    def _seen(self, adapter: str) -> Mapping[str, torch.Tensor]:
+        """The adapter's tensors as this forward pass sees them: in training, as the step's stage says."""
+        t, stage = self.tensors(adapter), self.stages.get(adapter)
+        if stage is None or not self.training:
+            return t
+        return self.methods[adapter].staged(t, stage, self.knobs[adapter])
 
     def _changed_weight(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor | None:
         """W + ΔW for full-rank updates in plain float32: one product with it costs less than one with each.
@@ -175,7 +182,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
             method, knobs = self.methods[adapter], self.knobs[adapter]
             if type(method).forward is not OwnMethod.forward or not method.dense(self.layer, knobs):
                 return None
-            weight = weight + self._shaped(method.delta(self.tensors(adapter), knobs, self.layer))
+            weight = weight + self._shaped(method.delta(self._seen(adapter), knobs, self.layer))
         return weight
 
     def _with_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

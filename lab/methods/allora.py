@@ -37,7 +37,7 @@ class Allora(OwnMethod):
     summary = "LoRA without a scale whose rows learn faster the smaller they are."
     equation = r"\Delta W = B A,\qquad \nabla_{\text{row}} \leftarrow \nabla_{\text{row}} \big/ \sqrt{\lVert \text{row} \rVert_2 + 1/\eta^2}"
     knobs = AlloraKnobs
-    learning_rate = 2e-3
+    learning_rate = 1e-3
     low_rank = True
     tensors = {"trained": {"B": "m × r", "A": "r × n"}, "frozen": {}}
     remark = "No official code was found: that the rows of both matrices are scaled, and η = 2, follow public re-implementations."

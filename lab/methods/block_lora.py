@@ -44,7 +44,7 @@ class BlockLora(OwnMethod):
     summary = "LoRA in blocks whose down-projections are one and the same, so that the up-projections add."
     equation = r"\Delta W = s\,(B_1 + \dots + B_N)\,A_s"
     knobs = BlockLoraKnobs
-    learning_rate = 2e-3
+    learning_rate = 1e-3
     low_rank = True
     tensors = {"trained": {"B": "N × m × r/N", "A": "r/N × n"}, "frozen": {}}
     remark = "Read from the abstract; no official code was found."

@@ -37,7 +37,7 @@ class CpLora(OwnMethod):
     summary = "A convolution's kernel changed by a sum of outer products of four vectors; on linear layers it is LoRA."
     equation = r"\Delta K = s \sum_{\rho=1}^{r} a_\rho \circ b_\rho \circ c_\rho \circ d_\rho"
     knobs = CpLoraKnobs
-    learning_rate = 2e-3
+    learning_rate = 1e-3
     low_rank = True
     tensors = {"trained": {"a": "c_out × r", "b": "r × c_in", "c": "r × k_h", "d": "r × k_w"}, "frozen": {}}
     remark = "Made for convolutions: choose conv among the targets. On linear layers it is plain LoRA."

@@ -42,7 +42,7 @@ class DvLora(OwnMethod):
     summary = "LoRA with two scaling vectors: the matrices train first, then the vectors alone."
     equation = r"\Delta W = s\,\mathrm{diag}(v)\, B\, \mathrm{diag}(u)\, A"
     knobs = DvLoraKnobs
-    learning_rate = 2e-3
+    learning_rate = 3e-3
     low_rank = True
     tensors = {"trained": {"v": "m", "B": "m × r", "u": "r", "A": "r × n"}, "frozen": {}}
     remark = "In the released code the vectors never reach the optimizer; here they train after the warm-up, as the paper says."

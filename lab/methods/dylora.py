@@ -48,7 +48,7 @@ class Dylora(OwnMethod):
     summary = "A LoRA that each step trains at a random rank, so that it can be cut to any rank afterwards."
     equation = r"\Delta W = s\,\frac{r}{b}\, B_{:,:b} A_{:b,:},\qquad b \sim \mathcal{U}\{r_{\min}, \dots, r\} \text{ each step}"
     knobs = DyloraKnobs
-    learning_rate = 2e-3
+    learning_rate = 1e-3
     low_rank = True
     tensors = {"trained": {"B": "m × r", "A": "r × n"}, "frozen": {}}
     remark = "A step's rank is the same in all layers and in every run: a function of the step alone."

@@ -37,25 +37,22 @@ class Hashednet(OwnMethod):
         r"\Delta W_{ij} = s\,\xi(i,j)\,w_{h(i,j)},\qquad h: (i,j) \mapsto \{1, \dots, K\},\ \xi: (i,j) \mapsto \pm 1"
     )
     knobs = HashednetKnobs
-    learning_rate = 2e-3
-    tensors = {"trained": {"w": "k"}, "frozen": {"key": "1"}}
+    learning_rate = 1e-4
+    tensors = {"trained": {"w": "k"}, "frozen": {"h, ξ": "hashes, from the seed"}}
     remark = "The paper hashes a network's weights; here the same form is an update of frozen weights."
 
     def count_layer(self, layer: Layer, knobs: HashednetKnobs) -> int:
         return knobs.k
 
     def init(self, start: Start, knobs: HashednetKnobs) -> Tensors:
-        import torch
-
-        from lab import counter
-
-        key = counter.key(start.seed, "hashednet", start.layer.name)
-        return Tensors({"w": start.zeros(knobs.k)}, {"key": torch.tensor([key])})
+        return Tensors({"w": start.zeros(knobs.k)})
 
     def delta(self, t: Mapping[str, torch.Tensor], knobs: HashednetKnobs, layer: Layer) -> torch.Tensor:
+        from lab import counter
         from lab.methods._hashing import Spread
 
-        return Spread.apply(t["w"], int(t["key"]), layer.m * layer.n).reshape(layer.m, layer.n) * knobs.scale
+        key = counter.key("hashednet", knobs.seed, layer.name)
+        return Spread.apply(t["w"], key, layer.m * layer.n).reshape(layer.m, layer.n) * knobs.scale
 
 
 register(Hashednet())

@@ -36,7 +36,7 @@ class Hydra(OwnMethod):
     summary = "A LoRA beside the layer and a LoRA behind it, both merged into the weight."
     equation = r"\Delta W = s\,(B_p A_p + B_s A_s W)"
     knobs = HydraKnobs
-    learning_rate = 2e-3
+    learning_rate = 1e-3
     low_rank = True
     uses_weight = True
     tensors = {"trained": {"A_p": "r × n", "B_p": "m × r", "A_s": "r × m", "B_s": "m × r"}, "frozen": {"W": "m × n"}}

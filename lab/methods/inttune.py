@@ -40,7 +40,7 @@ class Inttune(OwnMethod):
     summary = "A trained r×r matrix between the weight's own first r columns and first r rows."
     equation = r"\Delta W = s\,\underbrace{W_{:,:r}}_{\text{frozen}} (N - N_0) \underbrace{W_{:r,:}}_{\text{frozen}}"
     knobs = InttuneKnobs
-    learning_rate = 4e-3
+    learning_rate = 3e-3
     low_rank = True
     tensors = {"trained": {"N": "r × r"}, "frozen": {"B": "m × r", "A": "r × n", "start": "r × r"}}
     remark = "The released code leaves W unreduced at the start; here the start value is taken off, so the core's start does not matter."

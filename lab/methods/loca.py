@@ -41,7 +41,7 @@ class Loca(OwnMethod):
     summary = "A few coefficients of the update's cosine transform, at frequencies that are learned too."
     equation = r"\Delta W = \alpha\, C_m^\top\, S(c, l)\, C_n,\qquad \tfrac{\partial L}{\partial l_1} \approx \tfrac{c}{2}\,(Z_{l_1+1,\,l_2} - Z_{l_1-1,\,l_2})"
     knobs = LocaKnobs
-    learning_rate = 1e-2
+    learning_rate = 1e-3
     tensors = {"trained": {"c": "k", "places": "k × 2"}, "frozen": {}}
     remark = "Counts 3k numbers a layer: the paper counts the k coefficients, the 2k coordinates are learned besides. No official code was found."
 

@@ -40,7 +40,7 @@ class Loldu(OwnMethod):
     summary = "Part of the diagonal of the weight's triangular (LDU) decomposition, and one factor, trained."
     equation = r"\Delta W = P L_r\,\mathrm{diag}(c\,z - c_0 D_r)\,U_r"
     knobs = LolduKnobs
-    learning_rate = 1e-2
+    learning_rate = 3e-4
     low_rank = True
     tensors = {"trained": {"z": "r", "c": "1"}, "frozen": {"L": "m × r", "U": "r × n", "start": "r"}}
     remark = "Counts r + 1 numbers a layer: the released code trains the factor c besides the diagonal."

@@ -38,7 +38,7 @@ class LoraXs(OwnMethod):
     summary = "A trained r×r matrix between the frozen top singular vectors of the weight."
     equation = r"\Delta W = s\,\underbrace{U_r \Sigma_r}_{\text{frozen}}\, R\, \underbrace{V_r^\top}_{\text{frozen}}"
     knobs = LoraXsKnobs
-    learning_rate = 4e-3
+    learning_rate = 3e-3
     low_rank = True
     identity_start = False
     tensors = {"trained": {"R": "r × r"}, "frozen": {"B": "m × r", "A": "r × n"}}

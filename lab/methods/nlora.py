@@ -44,7 +44,7 @@ class Nlora(OwnMethod):
     summary = "StructuredLoRA started from the weight's first rows, first columns and the block where they cross."
     equation = r"\Delta W = s\,(B N A - B_0 N_0 A_0),\quad B_0 = W_{:,:r},\ A_0 = W_{:r,:},\ N_0 = W_{:r,:r}"
     knobs = NloraKnobs
-    learning_rate = 5e-4
+    learning_rate = 2e-3
     low_rank = True
     tensors = {
         "trained": {"B": "m × r", "N": "r × r", "A": "r × n"},

@@ -36,7 +36,7 @@ class StructuredLora(OwnMethod):
     summary = "LoRA with a trained r×r matrix between its two factors."
     equation = r"\Delta W = s\, B N A"
     knobs = StructuredLoraKnobs
-    learning_rate = 2e-3
+    learning_rate = 3e-3
     low_rank = True
     tensors = {"trained": {"B": "m × r", "N": "r × r", "A": "r × n"}, "frozen": {}}
 

@@ -35,7 +35,7 @@ class Svfit(OwnMethod):
     summary = "The weight's r largest singular values, trained; its singular vectors stay."
     equation = r"W' = U_r\,\mathrm{diag}(\sigma)\,V_r^\top + W_e,\qquad \Delta W = U_r\,\mathrm{diag}(\sigma - \sigma_0)\,V_r^\top"
     knobs = SvfitKnobs
-    learning_rate = 1e-2
+    learning_rate = 5e-3
     low_rank = True
     tensors = {"trained": {"sigma": "r"}, "frozen": {"U": "m × r", "V": "r × n", "start": "r"}}
     remark = "No code was released; the paper takes ranks of several hundred, since each costs one number."

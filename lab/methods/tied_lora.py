@@ -40,7 +40,7 @@ class TiedLora(OwnMethod):
     summary = "One LoRA shared by all layers of a kind, with two trained scaling vectors for each layer."
     equation = r"\Delta W_l = s\,\mathrm{diag}(v_l)\, B\, \mathrm{diag}(u_l)\, A,\qquad A, B \text{ shared}"
     knobs = TiedLoraKnobs
-    learning_rate = 2e-3
+    learning_rate = 1e-3
     low_rank = True
     tensors = {"trained": {"A": "r × n, shared", "B": "m × r, shared", "u": "r", "v": "m"}, "frozen": {}}
     remark = "No official code was found; all four tensors are trained, the paper's variant TL6."

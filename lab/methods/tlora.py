@@ -21,8 +21,6 @@ from lab.methods.spec import Knobs, Layer, Paper, knob
 if TYPE_CHECKING:
     import torch
 
-    from lab.methods._tuner import OwnLayer
-
 
 @dataclass
 class TloraKnobs(Knobs):
@@ -43,7 +41,7 @@ class Tlora(OwnMethod):
     summary = "The weight multiplied by a dense transform of few numbers, plus a tensor-ring residual."
     equation = r"W' = W T + \Delta,\quad T_{ij} = \mathrm{tr}(A^1_{i_1 j_1} \cdots A^D_{i_D j_D}),\ \Delta_{ij} = \mathrm{tr}(B^1_{i_1} \cdots B^D_{i_D} C^1_{j_1} \cdots C^D_{j_D})"
     knobs = TloraKnobs
-    learning_rate = 5e-4
+    learning_rate = 1e-4
     uses_weight = True
     tensors = {
         "trained": {"transform": "n_d × n_d × R_T²", "rows": "m_d × R²", "columns": "n_d × R²"},
@@ -92,13 +90,6 @@ class Tlora(OwnMethod):
         P, Q = self.residual(t, knobs)
         T = self.transform(t, knobs)
         return t["weight"] @ (T - torch.eye(layer.n, device=T.device)) + P @ Q
-
-    def forward(
-        self, site: OwnLayer, x: torch.Tensor, t: Mapping[str, torch.Tensor], knobs: TloraKnobs
-    ) -> torch.Tensor:
-        with site.full_precision():  # T − I must not be rounded to half precision
-            delta = self.delta(t, knobs, site.layer)
-        return site.dense(x, delta)
 
 
 def chain(cores: list[torch.Tensor]) -> torch.Tensor:
