@@ -46,8 +46,8 @@ class OpenClip:
             )
             self.tokenize = open_clip.get_tokenizer(where)
         except Exception as error:  # open_clip raises RuntimeError, OSError, Hub and safetensors errors alike
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise LabError(f"The model that scores pictures, '{source}', could not be loaded: {first}") from error
+            first = (str(error) or type(error).__name__).partition("\n")[0].partition(". ")[0].rstrip(".")[:200]
+            raise LabError(f"The model that scores pictures, '{source}', could not be loaded: {first}.") from error
         self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -88,16 +88,6 @@ def drift(scorer: Scorer, before: Sequence[Image.Image], after: Sequence[Image.I
     noise: 0 where the adapter left everything else as it was (PEFT's image-gen benchmark measures it so)."""
     cosines = (scorer.images(before) * scorer.images(after)).sum(dim=1)
     return float((1 - cosines).mean() / 2)
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (None for a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def by_sample_seed(each: Sequence[float], sample_seeds: int) -> list[float]:
-    """Means over the prompts: one number a sample seed, from a list that runs over prompts, then seeds."""
-    return [statistics.fmean(each[s::sample_seeds]) for s in range(sample_seeds)]
 
 
 def scores(

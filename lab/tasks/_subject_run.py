@@ -37,14 +37,14 @@ def run(spec: dict[str, Any], planned: PlannedRun, inputs: Path, folder: Path, r
     pictures = read_folder(inputs)
     check_count(len(pictures))
     report(0, spec["steps"], phase="loading the base model")
-    subject = _Run(spec, planned, pictures, folder, report)
+    subject = Run(spec, planned, pictures, folder, report)
     write_json(folder / "meta.json", record(spec, planned, devices.describe(subject.pipe.device)))
     if planned.method == "base":
         return {"method": "base", "seed": planned.seed, "knobs": {}} | subject.draw_and_score()
     return subject.train_and_score(inputs.parent / "prior")
 
 
-class _Run:
+class Run:
     """What the parts of one run share."""
 
     def __init__(
