@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     torch.set_num_threads(args.threads)
     into = args.into or (ASSETS if args.assets else home() / "assembled")
-    knobs = {key: value for key, value in (("steps", args.steps), ("batch", args.batch)) if value}
+    knobs = {key: value for key, value in (("steps", args.steps), ("batch", args.batch)) if value is not None}
     try:
         for stage in STAGES if args.stage == "all" else (args.stage,):
             run(stage, into, {} if args.stage == "all" else knobs)

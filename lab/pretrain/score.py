@@ -13,7 +13,7 @@ from lab.pretrain.concepts import CONCEPTS, PLACES, prompt
 from lab.pretrain.scenes import compose
 from lab.pretrain.sprites import Sprites
 
-SEEDS = (0, 1)
+SEEDS = (0,)  # one picture of each concept: the share is good to about 0.03
 STEPS, GUIDANCE, BATCH = 25, 5.0, 73
 SHEET = (
     ("cat face", 10), ("panda face", 13), ("lion face", 16), ("frog face", 11), ("owl", 14), ("elephant", 12),

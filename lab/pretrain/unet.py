@@ -19,7 +19,7 @@ from lab.pretrain.scenes import captions, compose
 from lab.pretrain.sprites import Sprites
 
 SIZE = {"channels": (96, 128, 192), "transformers": (0, 1, 2), "head": 32}  # no transformer: no attention
-SCENES_A_PICTURE_AND_PLACE = 3
+SCENES_A_PICTURE_AND_PLACE = 1
 CHUNK = 4096
 STYLE_WEIGHTS = (2.0, 1.0, 1.0)  # 3d, flat, noto: one style leads, so that a plain prompt draws cleanly
 EMPTY = 0.10  # share of empty prompts, which guidance needs
@@ -157,7 +157,7 @@ def frozen(name: str, model: nn.Module) -> nn.Module:
     return model.to(device()).eval().requires_grad_(False)
 
 
-def train(sprites: Sprites, steps: int = 4000, batch: int = 64, scenes: int = SCENES_A_PICTURE_AND_PLACE,
+def train(sprites: Sprites, steps: int = 3000, batch: int = 48, scenes: int = SCENES_A_PICTURE_AND_PLACE,
           size: dict | None = None, towers: clip.Towers | None = None, encoder: nn.Module | None = None) -> Trainer:
     """Train, or go on training, up to `steps`."""
     torch.manual_seed(2)
@@ -166,6 +166,6 @@ def train(sprites: Sprites, steps: int = 4000, batch: int = 64, scenes: int = SC
     bank = Bank(sprites, encoder, vae.scaling_factor(encoder, sprites), scenes)
     model = build(bank.latents.shape[1], bank.latents.shape[-1], conditions.width, conditions.pooled_width, size)
     known = start_from_assets(model)
-    trainer = Trainer("unet", model, peak=8e-4, weight_decay=0.01, ema=0.9985, from_assets=known)
+    trainer = Trainer("unet", model, peak=6e-4, weight_decay=0.01, ema=0.998, from_assets=known)
     trainer.run(steps, Step(sprites, bank, conditions, trainer.model, batch))
     return trainer
