@@ -18,7 +18,7 @@ FIELDS = ("name", "role", "out", "in", "kernel", "bias", "part", "block", "token
 _BLOCK = re.compile(r"^(.*?\.?(?:\d+|mid_block))\.")
 
 
-def build(config: dict[str, Any], device: str = "meta") -> torch.nn.Module:
+def build(config: dict[str, Any]) -> torch.nn.Module:
     """The model that a transformers, diffusers or open_clip configuration describes, on the meta device.
 
     No weights are made or fetched and no code but the installed libraries' runs. Raises LabError on a model type
@@ -28,7 +28,7 @@ def build(config: dict[str, Any], device: str = "meta") -> torch.nn.Module:
 
     make = _diffusers if "_class_name" in config else _open_clip if "model_cfg" in config else _transformers
     try:
-        with torch.device(device):
+        with torch.device("meta"):
             return make(dict(config)).eval()
     except LabError:
         raise

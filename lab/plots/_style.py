@@ -13,9 +13,18 @@ FONT = "IBM Plex Sans, ui-sans-serif, system-ui, sans-serif"
 
 def figure(x: str = "", y: str = "", *, height: int = 320, **layout: Any) -> go.Figure:
     """An empty figure in the lab's style with axis titles `x` and `y`."""
+    return go.Figure(layout=_base(x, y, height)).update_layout(**layout)
+
+
+def layout(x: str = "", y: str = "", *, height: int = 320) -> dict[str, Any]:
+    """The layout of `figure` as plain data, for figures that are sent without being checked by plotly."""
+    return _base(x, y, height)
+
+
+def _base(x: str, y: str, height: int) -> dict[str, Any]:
     axis = {"gridcolor": LINE, "zeroline": False, "linecolor": LINE, "ticks": "", "automargin": True}
     # The margin above leaves room for the legend and for the label that Gradio lays over the corner.
-    base = {
+    return {
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": FONT, "size": 13, "color": INK},
@@ -27,7 +36,6 @@ def figure(x: str = "", y: str = "", *, height: int = 320, **layout: Any) -> go.
         "yaxis": {**axis, "title": {"text": y, "standoff": 8}},
         "colorway": ["#0f9d8c", "#d9822b", "#7a6ff0", "#d1508f"],
     }
-    return go.Figure(layout=base).update_layout(**layout)
 
 
 def note(fig: go.Figure, text: str) -> go.Figure:

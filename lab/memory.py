@@ -1,0 +1,160 @@
+"""What training an adapter takes in memory, estimated from the layer tables. Imports no torch.
+
+Counted: the model's weights; the adapter's trained numbers, their gradients and Adam's two moments, in float32; the
+adapter's frozen tensors (outer factors, projections); what the frozen model keeps for the backward pass of a batch,
+found by passing fake tensors through it (lab/activations.py); what the adapters keep beside that; and the largest
+temporary tensors of the backward pass. Not counted: the framework itself, the memory that its allocator holds back,
+a pipeline's other parts (VAE, text encoders that are not trained), data, and what a kernel library keeps for itself.
+No gradient checkpointing; attention is one that keeps no square of tokens, as torch's is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lab import budget
+from lab.architectures import Architecture, Row
+from lab.errors import LabError
+from lab.methods.spec import Layer, Method
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "8 bit": 1.0, "4 bit": 0.5}  # of the frozen model's weights
+TRAINED = 4  # bytes of a trained number, and of its gradient and each of Adam's moments
+MAX_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one training step at its peak, by what they are for."""
+
+    weights: int
+    trained: int
+    gradients: int
+    optimizer: int
+    frozen: int
+    kept: int  # by the frozen model, for the backward pass
+    adapter: int  # kept by the adapters, for the backward pass
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """The peak: before the backward pass frees what was kept, or at the optimizer's step, whichever is higher."""
+        always = self.weights + self.trained + self.optimizer + self.frozen
+        return always + max(self.kept + self.adapter + self.temporary, 3 * self.gradients)
+
+
+def known(arch: Architecture) -> bool:
+    """Whether the architecture's table says what a training sample keeps (uploaded and pasted tables do not)."""
+    return bool(arch.memory)
+
+
+def estimate(
+    arch: Architecture,
+    rows: Sequence[Row],
+    method: Method,
+    knobs: Any,
+    *,
+    batch: int = 1,
+    size: float = 1.0,
+    precision: str = "fp32",
+    trained: int | None = None,
+) -> Estimate:
+    """Memory of training `method` on these rows of `arch`.
+
+    `size` is the share of the table's sample: of its side for images of diffusion models, of its tokens for texts.
+    Raises LabError on an unknown precision and on a batch or size out of range.
+    """
+    if precision not in BYTES:
+        raise LabError(f"The precision is one of {', '.join(BYTES)}, got '{precision}'.")
+    if not 1 <= batch <= MAX_BATCH:
+        raise LabError(f"The batch is between 1 and {MAX_BATCH:,} samples, got {batch:,}.")
+    if not 0 < size <= 16:
+        raise LabError(f"The sample's size is between 0 and 16 times the model's own, got {size:g}.")
+    compute = 4 if precision == "fp32" else 2
+    total = budget.count(method, [row.layer for row in rows], knobs) if trained is None else trained
+    kept, temporary = _model(arch, rows, size)
+    grown = _grown(arch, size)
+    return Estimate(
+        weights=math.ceil(arch.parameters * BYTES[precision]),
+        trained=TRAINED * total,
+        gradients=TRAINED * total,
+        optimizer=2 * TRAINED * total,
+        frozen=frozen(method, [row.layer for row in rows], knobs),
+        kept=round(batch * kept * compute / 4),
+        adapter=round(batch * _adapters(rows, method, knobs, compute, grown)) + dense(method, rows, knobs),
+        temporary=round(batch * temporary * compute / 4),
+    )
+
+
+def _grown(arch: Architecture, size: float) -> float:
+    """How many times the table's positions a layer sees: pixels grow with the square of the side."""
+    return size * size if arch.unit.get("kind") == "image" and arch.unit.get("latent") else size
+
+
+def _model(arch: Architecture, rows: Sequence[Row], size: float) -> tuple[float, float]:
+    """(bytes that the frozen model keeps for one sample, bytes of temporaries) in float32: a line through the full
+    and the half size of the table."""
+    if not arch.memory:
+        return 0.0, 0.0
+    conv = "conv" in arch.memory and any(row.layer.role == "conv" for row in rows)
+    found = arch.memory["conv" if conv or "linear" not in arch.memory else "linear"]
+    full, half = 1.0, _grown(arch, 0.5)
+    share = (_grown(arch, size) - half) / (full - half)
+    kept, peak = (found[k][1] + (found[k][0] - found[k][1]) * share for k in ("kept", "peak"))
+    return max(0.0, kept), max(0.0, peak - kept)
+
+
+def _adapters(rows: Sequence[Row], method: Method, knobs: Any, compute: int, grown: float) -> float:
+    """Bytes that the adapters keep for one sample: their inputs, where the model does not keep them anyway (layers
+    that read one tensor share it; beside a model in half precision each has its own float32 copy), and the
+    low-rank product that the second factor reads."""
+    total = 0.0
+    seen: set[int] = set()
+    for row in rows:
+        tokens = row.tokens * (grown if row.grows else 1.0)
+        if compute != TRAINED:
+            total += tokens * row.layer.n * TRAINED
+        elif not row.kept and (row.input < 0 or row.input not in seen):
+            seen.add(row.input)
+            total += tokens * row.layer.in_ * TRAINED
+        if method.low_rank:
+            total += tokens * _rank(method, row.layer, knobs) * TRAINED
+    return total
+
+
+def _rank(method: Method, layer: Layer, knobs: Any) -> int:
+    try:
+        return method.rank(layer, knobs)
+    except (NotImplementedError, AttributeError, TypeError):
+        return 0
+
+
+def dense(method: Method, rows: Sequence[Row], knobs: Any) -> int:
+    """Bytes kept, whatever the batch, by methods that form an update of the weight's size in every step."""
+    own = getattr(method, "kept_bytes", None)
+    if own is not None:
+        return sum(int(own(row.layer, knobs)) for row in rows)
+    if method.low_rank:
+        return 0
+    return TRAINED * sum(row.layer.m * row.layer.n for row in rows)
+
+
+def frozen(method: Method, layers: Sequence[Layer], knobs: Any) -> int:
+    """Bytes of the adapter's frozen tensors: outer factors and projections; none for most methods."""
+    shapes = getattr(method, "shapes", None)
+    if shapes is None:
+        return 0
+    try:
+        sizes = {layer: sum(math.prod(s) for s in shapes(layer, knobs).values()) for layer, _ in budget._shapes(layers)}
+    except NotImplementedError:
+        return 0
+    return TRAINED * sum(times * sizes[layer] for layer, times in budget._shapes(layers))
+
+
+@functools.cache
+def explain() -> str:
+    """What the estimate counts, in one paragraph."""
+    return " ".join((__doc__ or "").split("\n\n", 1)[1].split())
