@@ -71,6 +71,10 @@ class Backend(Protocol):
         """The attempt that a worker which died had started, if it goes on without that worker."""
         ...
 
+    def rest(self) -> None:
+        """Nothing has been under way for a while: let go of what was kept ready for the next attempt."""
+        ...
+
 
 BACKENDS: Registry[Backend] = Registry("queue backend", "lab.jobs")
 register = BACKENDS.register

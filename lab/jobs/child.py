@@ -98,14 +98,17 @@ def main(arguments: list[str]) -> int:
     from lab.runs import default_home
 
     home = default_home()
-    path = home / "attempts" / f"{Path(arguments[0]).name}.json"
-    orders = json.loads(path.read_text(encoding="utf-8"))
+    orders = read_orders(home, arguments[0])
     folder = home / orders["folder"]
+    with contextlib.suppress(OSError):
+        (folder / "pid").write_text(str(os.getpid()))
     _say(f"--- attempt {orders['attempt']}, {time.strftime('%Y-%m-%d %H:%M:%S')} ---")
     progress = Progress(folder / "progress.json")
     signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "stopping", True))
     progress.beat()
-    threading.Thread(target=_watch, args=(progress, parent, path, orders["token"]), daemon=True).start()
+    threading.Thread(
+        target=_watch, args=(progress, parent, orders_path(home, arguments[0]), orders["token"]), daemon=True
+    ).start()
     try:
         write_json(folder / "result.json", _finite(_run(home, orders, folder, progress)))
     except BaseException as error:  # a task's SystemExit too
@@ -115,9 +118,21 @@ def main(arguments: list[str]) -> int:
     return _tell(folder, orders["token"], code, message)
 
 
-def _run(home: Path, orders: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+def orders_path(home: Path, run_id: str) -> Path:
+    return home / "attempts" / f"{Path(run_id).name}.json"
+
+
+def read_orders(home: Path, run_id: str) -> dict[str, Any]:
+    return json.loads(orders_path(home, run_id).read_text(encoding="utf-8"))
+
+
+def import_extras() -> None:
     for module in filter(None, os.environ.get("LAB_EXTRA_TASKS", "").split(",")):
         importlib.import_module(module.strip())
+
+
+def _run(home: Path, orders: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+    import_extras()
     planned = PlannedRun(orders["method"], orders["seed"], orders["knobs"])
     return TASKS[orders["task"]].run(orders["spec"], planned, home / orders["inputs"], folder, progress)
 

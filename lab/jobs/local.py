@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lab.errors import LabError
-from lab.jobs import Attempt, Orders, processes, register
+from lab.jobs import Attempt, Orders, processes, register, warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +46,9 @@ class Local:
     detached = False
     order = 0
 
+    def __init__(self) -> None:
+        self._nursery: warm.Nursery | None = None
+
     def devices(self) -> Sequence[str]:
         """NVIDIA GPUs by their index, as CUDA_VISIBLE_DEVICES limits them; "main" where there is none."""
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -66,6 +68,9 @@ class Local:
             raise LabError("The queue needs Linux or macOS: on Windows run the lab under WSL or Docker.") from None
 
     def start(self, orders: Orders) -> Attempt:
+        """A child of ours; where that works, forked from a process that has imported what it needs."""
+        if warm.possible(orders.device):
+            return self._forked(orders)
         environment = os.environ | {
             "LAB_HOME": str(orders.home),
             "LAB_PARENT": str(os.getpid()),
@@ -83,9 +88,17 @@ class Local:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        with contextlib.suppress(OSError):  # a full disk: only `find` needs it, after a crash of ours
-            (orders.folder / "pid").write_text(str(process.pid))
         return LocalAttempt(process)
+
+    def _forked(self, orders: Orders) -> Attempt:
+        if self._nursery is not None and self._nursery.fit(orders.home):
+            try:
+                return warm.WarmAttempt(self._nursery, orders)
+            except BrokenPipeError:  # it died this moment
+                pass
+        self.rest()
+        self._nursery = warm.Nursery(orders.home)
+        return warm.WarmAttempt(self._nursery, orders)
 
     def find(self, orders: Orders) -> Attempt | None:
         """Always None: here an attempt ends with its worker. What should still be there is killed first."""
@@ -96,6 +109,11 @@ class Local:
         if orders.run_id in processes.command_line(pid):  # else the number belongs to something else by now
             processes.signal_group(pid, signal.SIGKILL)
         return None
+
+    def rest(self) -> None:
+        if self._nursery is not None:
+            self._nursery.close()
+            self._nursery = None
 
 
 register(Local())

@@ -148,6 +148,9 @@ class Ray:
                 return None
         return RayAttempt(self.client, id)
 
+    def rest(self) -> None:
+        """Nothing is kept ready here."""
+
 
 def _address() -> str:
     return os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"

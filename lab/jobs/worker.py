@@ -19,7 +19,7 @@ from typing import Any
 
 from lab.errors import LabError
 from lab.jobs import Attempt, Backend, Orders, backend, disk, processes, reading, workers
-from lab.jobs.child import CANCELLED, DISK_FULL, DONE, NO_MEMORY, OUT_OF_MEMORY
+from lab.jobs.child import CANCELLED, DISK_FULL, DONE, NO_MEMORY, OUT_OF_MEMORY, orders_path
 from lab.jobs.folders import comparison_folder, run_folder, sweep
 from lab.jobs.table import Table
 
@@ -27,6 +27,7 @@ ATTEMPTS = 3  # a run that crashed or was interrupted this often is failed
 GRACE_SECONDS = 1.0  # between SIGTERM and SIGKILL
 TICK_SECONDS = 0.1
 IDLE_TICK_SECONDS = 0.3
+REST_SECONDS = 60.0  # of idleness, before what is kept ready for the next run is let go
 LATER_SECONDS = 10.0  # before a backend that could not start something is asked again
 STRAY_SECONDS = 30.0  # how often runs of workers that no longer exist are looked for
 
@@ -89,7 +90,10 @@ class Worker:
                 busy = time.monotonic()
             elif (drain or time.monotonic() - busy > idle_seconds) and self._leave():
                 break
+            if time.monotonic() - busy > REST_SECONDS:
+                self.backend.rest()
             time.sleep(TICK_SECONDS if self._active else IDLE_TICK_SECONDS)
+        self.backend.rest()
         _log(f"{self.name}: worker {os.getpid()} ends")
         self.lock.release()
 
@@ -147,7 +151,7 @@ class Worker:
         for stale in ("outcome.json", "progress.json"):
             (orders.folder / stale).unlink(missing_ok=True)
         comparison = comparison_folder(self.home, row["comparison"])
-        path = self.home / "attempts" / f"{row['id']}.json"
+        path = orders_path(self.home, row["id"])
         path.parent.mkdir(mode=0o700, exist_ok=True)
         told = {name: row[name] for name in ("task", "method", "seed", "attempt")}
         told |= {"token": orders.token, "spec": json.loads(row["spec"]), "knobs": json.loads(row["knobs"])}
@@ -200,7 +204,7 @@ class Worker:
             self._interrupted(row, message, bytes)
         else:
             self.table.finish(row["id"], state, message, bytes)
-        (self.home / "attempts" / f"{row['id']}.json").unlink(missing_ok=True)
+        orders_path(self.home, row["id"]).unlink(missing_ok=True)
 
     def _copy_last_progress(self, watched: Watched) -> None:
         values = reading.json_file(watched.orders.folder / "progress.json")
