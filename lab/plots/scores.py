@@ -18,9 +18,9 @@ def draw(records: Sequence[dict[str, Any]]) -> go.Figure:
 
     Points with error bars of one standard deviation over seeds; the axis does not start at zero, so no bars.
     """
-    fig = make_subplots(rows=1, cols=2, subplot_titles=[title for _, title in SCORES], horizontal_spacing=0.12)
-    fig.update_layout(_style.figure(height=60 + 46 * max(2, len(records))).layout, showlegend=False)
-    for column, (key, _) in enumerate(SCORES, start=1):
+    fig = make_subplots(rows=2, cols=1, subplot_titles=[title for _, title in SCORES], vertical_spacing=0.24)
+    fig.update_layout(_style.figure(height=130 + 64 * max(2, len(records))).layout, showlegend=False)
+    for row, (key, _) in enumerate(SCORES, start=1):
         for record in records:
             if record.get(key) is None:
                 continue
@@ -34,12 +34,11 @@ def draw(records: Sequence[dict[str, Any]]) -> go.Figure:
                 hovertemplate=f"{record['name']}: %{{x:.3f}}"
                 + (f" ± {spread:.3f}" if spread else "")
                 + "<extra></extra>",
-                row=1,
-                col=column,
+                row=row,
+                col=1,
             )
     line = {"gridcolor": _style.LINE, "zeroline": False, "automargin": True}
-    fig.update_xaxes(**line, tickformat=".2f", nticks=5).update_yaxes(**line, autorange="reversed")
-    fig.update_yaxes(showticklabels=False, col=2)
+    fig.update_xaxes(**line, tickformat=".3~f", nticks=6).update_yaxes(**line, autorange="reversed")
     fig.update_annotations(font={"size": 13, "color": _style.INK})
     if not any(record.get(key) is not None for record in records for key, _ in SCORES):
         return _style.note(_style.figure(height=160), "Scores come when a run has finished.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,13 @@ def draw(records: Sequence[dict[str, Any]], *, score: str = "clip_i") -> go.Figu
     if not points:
         return _style.note(fig, "Points come when a run has finished.")
     low, high = (f(r["trainable_parameters"] for r in points) for f in (min, max))
-    fig.update_xaxes(type="log", range=[_log10(low) - 0.25, _log10(high) + 0.45], dtick=1 if high / low > 30 else None)
+    ticks = _ticks(low / 1.8, high * 2.6)
+    fig.update_xaxes(
+        type="log",
+        range=[math.log10(low / 1.8), math.log10(high * 2.6)],
+        tickvals=ticks,
+        ticktext=[_short(tick) for tick in ticks],
+    )
     for record in records:
         if record["method"] == "base" and record.get(score) is not None:
             fig.add_hline(
@@ -40,10 +47,18 @@ def draw(records: Sequence[dict[str, Any]], *, score: str = "clip_i") -> go.Figu
     return fig
 
 
-def _log10(value: float) -> float:
-    import math
+def _ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten in the range; powers alone where those are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    fine = [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
+    return fine if len(fine) <= 7 else [10.0**p for p in powers if low <= 10.0**p <= high]
 
-    return math.log10(value)
+
+def _short(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
 
 
 register(Plot("tradeoff", "Parameters against score", draw, order=30))

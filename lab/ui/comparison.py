@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from lab import compare
 from lab.errors import LabError
 from lab.plots import PLOTS
 from lab.runs import Comparison, Store
@@ -75,7 +76,7 @@ def build() -> tuple[Panel, Choosers]:
             previews = plain("previews")
     with gr.Column(visible=False, elem_id="results") as results:
         heading("Side by side", "same prompts, same seeds; click a picture to enlarge it")
-        with gr.Row():
+        with gr.Row(elem_classes="seeds"):
             picture_seed = gr.Radio([], label="Picture seed", min_width=160, elem_id="picture-seed")
             seed = gr.Radio([], label="Training seed", min_width=160, elem_id="training-seed")
         grid = plain("grid")
@@ -122,10 +123,8 @@ def records(store: Store, owner: str, comparison: Comparison) -> list[dict[str, 
 
 
 def rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """The results by method, with the names that people read."""
-    from lab import compare
-
-    return [row | {"name": render.name(row["method"])} for row in compare.table([r.as_dict() for r in comparison.runs])]
+    """The results, one row a method."""
+    return compare.table([run.as_dict() for run in comparison.runs])
 
 
 def chosen(comparison: Comparison, given: dict[str, Any]) -> dict[str, Any]:

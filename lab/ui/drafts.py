@@ -12,6 +12,7 @@ import json
 import re
 import secrets
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ KEPT = 60  # pictures of one owner that wait here at once; older ones go first
 KEPT_DAYS = 14
 THUMBNAIL = 560
 MAX_CAPTION = 300
+_saving = threading.Lock()  # two handlers of one page may save at once, and share the temporary file's name
 _ID = re.compile(r"[0-9a-f]{24}")
 
 Picture = dict[str, Any]  # {"id", "width", "height", "crop": [left, top, size], "caption"}
@@ -74,7 +76,8 @@ class Drafts:
 
     def save(self, draft: dict[str, Any]) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomic(self.folder / "draft.json", json.dumps(draft, ensure_ascii=False))
+        with _saving:
+            write_atomic(self.folder / "draft.json", json.dumps(draft, ensure_ascii=False))
 
     def load(self) -> dict[str, Any]:
         """The draft as last saved, without pictures that are gone; {} when there is none."""

@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response
 
+from lab import compare
 from lab.errors import LabError
 from lab.runs import Comparison, Store
 from lab.ui.drafts import Drafts
@@ -94,8 +95,6 @@ def _made(comparison: Comparison, kind: str) -> Response:
     path = comparison.folder / KINDS[kind]
     newest = max((run.finished or 0.0 for run in comparison.runs if run.state == "done"), default=0.0)
     if newest and (not path.is_file() or path.stat().st_mtime < newest):
-        from lab import compare
-
         compare.write_report(comparison.folder, comparison.spec, [run.as_dict() for run in comparison.runs])
     name = f"{slug(comparison.title)}-{KINDS[kind]}"
     fresh = {"Cache-Control": "private, no-cache"}

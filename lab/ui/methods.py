@@ -12,7 +12,7 @@ from lab.ui import Page, Tab, choices
 from lab.ui.diagrams import diagram
 from lab.ui.html import dot, e, empty, sentences, view
 
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 SHOWN = Layer("attention projection", 1280, 1280, role="q")  # SDXL's most frequent adapted layer
 FIRST = "nora"
 LATEX = [{"left": "$$", "right": "$$", "display": True}]

@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lab.methods import METHODS
+from lab.compare import name
 from lab.plots import colour
 from lab.runs import Comparison, Run
 from lab.ui.files import address, version
 from lab.ui.html import dot, duration, e, error, pill, size
-
-PICTURES = ("drawing", "scoring")
-
-
-def name(method: str) -> str:
-    """A method as people call it."""
-    if method == "base":
-        return "Base model"
-    return METHODS[method].name if method in METHODS else method
 
 
 def methods(comparison: Comparison) -> list[str]:
@@ -52,9 +43,13 @@ def head(comparison: Comparison) -> str:
     if over and any(run.state in ("failed", "cancelled") for run in comparison.runs):
         acts = '<button class="act" data-do="retry-all">Retry what is not done</button>'
     title = f"{spec['trigger']} {spec['class_word']}".strip()
+    mine = "".join(
+        f'<img data-zoom tabindex="0" loading="lazy" src="{address("comparisons", comparison.id, "inputs", i)}" alt="your picture {i + 1}">'
+        for i in range(int(spec.get("pictures") or 0))
+    )
     return (
         f'<div class="lab headline"><h2>{e(title)}</h2>{pill(comparison.state)}<span class="acts">{acts}</span>'
-        f"<p>{e(' · '.join(facts))}</p></div>"
+        f"<p>{e(' · '.join(facts))}</p><div class='mine' data-zooms>{mine}</div></div>"
     )
 
 
@@ -79,6 +74,11 @@ def progress(run: Run) -> str:
     )
 
 
+def fact(label: str, value: str) -> str:
+    """A number's cell; on narrow pages its label stands before it, and an empty one is left out."""
+    return f'<td class="r num" data-label="{label}"{" data-empty" if value == "–" else ""}>{value}</td>'
+
+
 def acts(run: Run) -> str:
     if run.state in ("queued", "running"):
         return f'<button class="act" data-do="cancel" data-id="{e(run.id)}">Cancel</button>'
@@ -98,11 +98,11 @@ def queue(comparison: Comparison) -> str:
         seed = f"<small>seed {run.seed}</small>" if run.method != "base" else "<small>untrained</small>"
         rows.append(
             f'<tr data-run="{e(run.id)}" data-state="{e(run.state)}"><td class="name">{dot(run.method)}{e(name(run.method))}{seed}</td><td>{pill(run.state)}</td>'
-            f'<td>{progress(run)}<small>{e(now(run)[:160])}</small></td><td class="r num">{steps}</td>'
-            f'<td class="r num">{rate}</td><td class="r num">{left}</td><td><div class="acts">{acts(run)}</div></td></tr>'
+            f'<td class="bar">{progress(run)}<small>{e(now(run)[:160])}</small></td>{fact("step", steps)}'
+            f'{fact("steps/s", rate)}{fact("left", left)}<td><div class="acts">{acts(run)}</div></td></tr>'
         )
     return (
-        '<div class="lab scroll"><table class="data queue"><thead><tr><th>Run</th><th>State</th><th style="width:34%">Progress</th>'
+        '<div class="lab scroll"><table class="data queue"><thead><tr><th style="width:17%">Run</th><th style="width:12%">State</th><th style="width:31%">Progress</th>'
         '<th class="r">Step</th><th class="r">Steps/s</th><th class="r">Time left</th><th></th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
@@ -227,44 +227,11 @@ def results(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> str:
-    """What the scores allow to say, and no more: differences inside the spread are called that."""
-    told = [
-        t
-        for t in (
-            _verdict(rows, "clip_i", "CLIP-I (like the subject)"),
-            _verdict(rows, "clip_t", "CLIP-T (like the prompt)"),
-            _sizes(rows),
-        )
-        if t
-    ]
-    return f'<div class="lab notice">{"<br>".join(told)}</div>' if told else ""
+    """What the numbers bear out, in the words of `lab.compare`: differences inside the spread are called that."""
+    from lab import compare
 
-
-def _verdict(rows: Sequence[dict[str, Any]], key: str, called: str) -> str:
-    known = sorted((r for r in rows if r["method"] != "base" and r.get(key) is not None), key=lambda r: -r[key])
-    if len(known) < 2:
-        return ""
-    first, second = known[:2]
-    gap = first[key] - second[key]
-    spreads = [r.get(f"{key}_spread") for r in (first, second)]
-    a, b = (e(name(r["method"])) for r in (first, second))
-    if any(s is None for s in spreads):
-        return f"<b>{called}:</b> {a} and {b} differ by {gap:.3f}, but one training seed tells nothing about the noise: train with two or more."
-    noise = sum(s * s for s in spreads if s is not None) ** 0.5
-    if gap <= noise:
-        return f"<b>{called}:</b> {a} and {b} are {gap:.3f} apart, inside the spread over seeds ({noise:.3f}): no difference shown."
-    return f"<b>{called}:</b> {a} is {gap:.3f} above {b}, more than the spread over seeds ({noise:.3f})."
-
-
-def _sizes(rows: Sequence[dict[str, Any]]) -> str:
-    known = [r for r in rows if r.get("trainable_parameters")]
-    if len(known) < 2:
-        return ""
-    small, large = (f(known, key=lambda r: r["trainable_parameters"]) for f in (min, max))
-    times = large["trainable_parameters"] / small["trainable_parameters"]
-    if times < 1.01:
-        return ""
-    return f"<b>Size:</b> {e(name(small['method']))} trains {times:.1f} times fewer parameters than {e(name(large['method']))}."
+    told = "<br>".join(e(sentence) for sentence in compare.verdicts(rows))
+    return f'<div class="lab notice">{told}</div>' if told else ""
 
 
 def downloads(comparison: Comparison) -> str:

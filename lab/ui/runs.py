@@ -17,7 +17,7 @@ from lab.ui.owner import owner_of
 
 TICK_S = 3.0
 LOG_LINES = 80
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 def build(page: Page) -> None:
@@ -49,7 +49,7 @@ def build(page: Page) -> None:
         return gr.skip(), gr.skip(), log
 
     filters = [text, state, method, shown_log]
-    again = {
+    again: dict[str, Any] = {
         "fn": sentences(shown),
         "inputs": filters,
         "outputs": [listing, timer, method],
@@ -112,7 +112,7 @@ def _block(store: Store, owner: str, comparison: Comparison, runs: list[Run], lo
         f'<section><div class="headline" style="margin-bottom:8px"><h2 style="font-size:17px">{e(title)}</h2>{pill(comparison.state)}'
         f'<small>{e(facts)}</small><span class="acts" style="margin-left:auto">'
         f'<button class="act" data-do="open" data-id="{cid}">Open</button>{delete}</span></div>'
-        f'<div class="scroll"><table class="data runs"><tbody>{rows}</tbody></table></div></section>'
+        f'<div class="scroll"><table class="data queue"><tbody>{rows}</tbody></table></div></section>'
     )
 
 
@@ -122,14 +122,14 @@ def _row(run: Run) -> str:
     log = f'<button class="act" data-do="log" data-id="{e(run.id)}">Log</button>' if run.attempt else ""
     return (
         f'<tr data-run="{e(run.id)}" data-state="{e(run.state)}"><td class="name">{dot(run.method)}{e(render.name(run.method))}<small>{seed}</small></td>'
-        f'<td>{pill(run.state)}</td><td style="width:40%">{render.progress(run)}<small>{e(render.now(run)[:200])}</small></td>'
-        f'<td class="r num">{steps}</td><td><div class="acts">{render.acts(run)}{log}</div></td></tr>'
+        f'<td>{pill(run.state)}</td><td class="bar" style="width:40%">{render.progress(run)}<small>{e(render.now(run)[:200])}</small></td>'
+        f'{render.fact("step", steps)}<td><div class="acts">{render.acts(run)}{log}</div></td></tr>'
     )
 
 
 def _log(store: Store, owner: str, run: Run) -> str:
     lines = store.log_tail(owner, run.id, LOG_LINES) or "The log is empty."
-    return f'<tr><td colspan="5"><pre class="log">{e(lines)}</pre></td></tr>'
+    return f'<tr><td class="wide" colspan="5"><pre class="log">{e(lines)}</pre></td></tr>'
 
 
 def _when(created: float) -> str:

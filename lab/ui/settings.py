@@ -32,24 +32,24 @@ def defaults(base: str) -> dict[str, Any]:
 
 
 def shown(base: str) -> dict[str, Any]:
-    """Values of the controls for a base's defaults."""
+    """Values of the controls for a base's defaults; 0 stands for what is off or left to the base."""
     spec = defaults(base)
     return {
         "base": base,
         "targets": spec["targets"],
         "steps": spec["steps"],
         "batch": spec["batch"],
-        "lr": None,
+        "lr": 0,
         "seeds": ", ".join(map(str, spec["seeds"])),
-        "budget": None,
+        "budget": 0,
         "prompts": "\n".join(spec["prompts"]),
         "sample_seeds": ", ".join(map(str, spec["sample_seeds"])),
         "sampling_steps": spec["sampling_steps"],
         "guidance": spec["guidance"],
-        "snr_gamma": spec["snr_gamma"],
+        "snr_gamma": spec["snr_gamma"] or 0,
         "prior_weight": spec["prior_weight"],
         "flip": spec["flip"],
-        "resolution": spec["resolution"],
+        "resolution": spec["resolution"] or 0,
     }
 
 
@@ -69,14 +69,14 @@ def build() -> dict[str, Any]:
                 TARGETS, value=first["targets"], label="Layers to adapt", info="The same for every method."
             )
         with gr.Row():
-            number("steps", "Steps", "One step is one batch; the summary shows passes per picture.")
+            number("steps", "Steps", "Batches each run trains on.")
             number("batch", "Batch", "Pictures a step.")
-            number("lr", "Learning rate", "Empty: each method's own.", whole=False)
+            number("lr", "Learning rate", "0: each method's own.", whole=False)
         with gr.Row():
             made["seeds"] = gr.Textbox(
                 first["seeds"], label="Training seeds", info="Each method runs once per seed.", min_width=140
             )
-            number("budget", "Equal budget", "Trainable parameters each method is fitted to. Empty: off.")
+            number("budget", "Equal budget", "Trainable parameters to fit every method to. 0: off.")
         made["prompts"] = gr.Textbox(
             first["prompts"], label="Prompts", info="One a line; {subject} becomes trigger and class word.", lines=4
         )
@@ -87,9 +87,9 @@ def build() -> dict[str, Any]:
             number("sampling_steps", "Sampling steps", "Denoising steps a picture.")
             number("guidance", "Guidance", "Classifier-free guidance.", whole=False)
         with gr.Row():
-            number("snr_gamma", "Min-SNR gamma", "5 is usual. Empty: off.", whole=False)
+            number("snr_gamma", "Min-SNR gamma", "5 is usual. 0: off.", whole=False)
             number("prior_weight", "Prior preservation", "Weight of class pictures. 0: off.", whole=False)
-            number("resolution", "Resolution", "Empty: the base's own.")
+            number("resolution", "Resolution", "0: the base's own.")
         made["flip"] = gr.Checkbox(
             first["flip"], label="Mirror pictures at random", info="Leave off for subjects with writing or a side."
         )
@@ -109,11 +109,11 @@ def spec(values: dict[str, Any]) -> dict[str, Any]:
         "sample_seeds": _numbers(values["sample_seeds"], "Picture seeds"),
         "prompts": prompts or None,
         "flip": bool(values["flip"]),
-        "lr": values["lr"] or None,
-        "snr_gamma": values["snr_gamma"] or None,
     }
-    for name in ("steps", "batch", "budget", "sampling_steps", "guidance", "prior_weight", "resolution"):
+    for name in ("steps", "batch", "sampling_steps", "guidance", "prior_weight"):
         found[name] = values[name]
+    for name in ("lr", "budget", "snr_gamma", "resolution"):
+        found[name] = values[name] or None  # an empty number field shows 0
     return {name: value for name, value in found.items() if value is not None}
 
 

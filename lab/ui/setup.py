@@ -52,12 +52,12 @@ def build() -> Setup:
             step(1, "Pictures", "3 to 20 of one subject. The bright square is what is trained on: drag it.")
             files = gr.File(
                 label="Pictures (and captions as .txt of the same name)",
-                file_count="multiple", height=132, elem_id="upload",
+                file_count="multiple", height=150, elem_id="upload",
             )  # fmt: skip
             gallery = view(_examples(), apply_default_css=False, elem_id="examples")
             pictures = gr.HTML(
                 [],
-                html_template='<div class="lab pics"></div>',
+                html_template='<div class="lab"><div class="pics"></div><div class="picsfoot"></div></div>',
                 js_on_load=static("pictures.js"),
                 apply_default_css=False,
                 elem_id="pictures",

@@ -15,7 +15,7 @@ from lab.ui.drafts import Drafts, checked
 from lab.ui.html import sentences
 from lab.ui.owner import owner_of
 
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 def build(page: Page) -> None:
@@ -60,14 +60,23 @@ def _wire_setup(page: Page, form: setup.Setup) -> None:
         return [draft.get("pictures", []), word, trigger, ticked or gr.skip()]
 
     refreshed = [form.summary, picker, pictures]
-    again = {"fn": sentences(changed), "inputs": inputs, "outputs": refreshed, "trigger_mode": "always_last", **QUIET}
+    again: dict[str, Any] = {
+        "fn": sentences(changed),
+        "inputs": inputs,
+        "outputs": refreshed,
+        "trigger_mode": "always_last",
+        **QUIET,
+    }
     controls = [form.form[name] for name in settings.NAMES]
     typed = [class_word, form.form["trigger"], *controls]
     gr.on([pictures.input, picker.input, *(c.change for c in typed)], **again)
     form.files.upload(
-        sentences(added), [form.files, pictures], [pictures, form.notice, form.files], **QUIET | {"show_progress": "full"},
+        sentences(added),
+        [form.files, pictures],
+        [pictures, form.notice, form.files],
+        api_visibility="private",
         show_progress_on=form.files,
-    ).then(**again)  # fmt: skip
+    ).then(**again)
     form.examples.click(sentences(example), None, [pictures, class_word, form.notice], **QUIET).then(**again)
     form.form["base"].input(sentences(rebased), form.form["base"], [*controls, picker], **QUIET)
     words = [pictures, class_word, form.form["trigger"], picker]
@@ -162,7 +171,7 @@ def _wire_panel(
         return dict(request.query_params).get("comparison") or None
 
     address = "(id) => { window.lab.params('subject', {comparison: id}); }"
-    again = {
+    again: dict[str, Any] = {
         "fn": sentences(refresh),
         "inputs": [page.opened, marks, *pick.all()],
         "outputs": [*views, timer, marks],

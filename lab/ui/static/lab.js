@@ -35,8 +35,12 @@
   /* ---- address bar: each tab has its own parameters, the open tab's stand there ---- */
   const first = Object.fromEntries(new URLSearchParams(location.search));
   const kept = {};
-  let current = first.tab || "subject";
+  let current = first.tab || "subject", landed = false;
+  for (const event of ["pointerdown", "keydown"]) addEventListener(event, () => { landed = true; }, { capture: true, once: true });
   kept[current] = Object.fromEntries(Object.entries(first).filter(([k]) => k !== "tab" && !k.startsWith("__")));
+  // An address that names a comparison opens on it: the setup is not flashed before.
+  const opened = () => { delete document.documentElement.dataset.opening; };
+  if (kept.subject?.comparison) { document.documentElement.dataset.opening = "1"; setTimeout(opened, 15000); }
   const write = () => {
     const query = new URLSearchParams({ tab: current, ...kept[current] });
     if (asked) query.set("__theme", asked);
@@ -46,8 +50,15 @@
     params(tab, values) {
       kept[tab] = Object.fromEntries(Object.entries(values).filter(([, v]) => v !== null && v !== undefined && v !== ""));
       if (tab === current) write();
+      if (tab === "subject") opened();
     },
-    select(tab) { current = tab; write(); },
+    select(tab) {
+      // Gradio first selects its default tab, before the server has said which one the address asks for.
+      if (!landed && tab !== current) return;
+      landed = true;
+      current = tab;
+      write();
+    },
     theme() {},
   });
 

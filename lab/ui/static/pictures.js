@@ -1,6 +1,6 @@
 /* The pictures of a draft: what is trained on (a square that can be dragged and resized) and its caption.
    props.value: [{id, name, width, height, crop: [left, top, size], caption}], crop in pixels of the picture. */
-const root = element.querySelector(".pics");
+const root = element.querySelector(".pics"), foot = element.querySelector(".picsfoot");
 const clamp = (v, low, high) => Math.min(Math.max(v, low), high);
 const items = () => JSON.parse(JSON.stringify(props.value || []));
 const whole = (p) => {
@@ -124,7 +124,16 @@ function card(p, index) {
 }
 
 function draw() {
-  root.replaceChildren(...items().map(card));
+  const list = items();
+  root.replaceChildren(...list.map(card));
+  foot.replaceChildren();
+  if (!list.length) return;
+  const clear = document.createElement("button");
+  clear.type = "button";
+  clear.className = "act";
+  clear.textContent = "Start over";
+  clear.addEventListener("click", () => { props.value = []; draw(); trigger("input"); });
+  foot.append(`${list.length} of 3 to 20 pictures`, clear);
 }
 watch("value", draw);
 watch("placeholder", () => root.querySelectorAll("textarea").forEach((t) => { t.placeholder = props.placeholder; }));
