@@ -33,6 +33,9 @@ class Cancelled(Exception):  # noqa: N818 - not an error
 
 
 class Task(Protocol):
+    """A task may also have `imports`, names of the modules that `run` needs: a queue's worker then imports them once
+    for all its runs."""
+
     id: str
     name: str
 

@@ -116,6 +116,7 @@ def name(id: str) -> str:
 class FewShot:
     id = "fewshot"
     name = "Few-shot"
+    imports = ("lab.tasks._fewshot_run", "open_clip", "peft")
 
     def check(self, spec: dict[str, Any]) -> dict[str, Any]:
         """The spec with every default filled in. Raises LabError, one sentence, on the first bad value."""
