@@ -3,6 +3,7 @@ cross-entropy between pictures and class texts (CLIP-LoRA, Zanella and Ben Ayed 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -17,8 +18,12 @@ from lab.methods import Method
 from lab.targets import modules
 
 
-def sites(model: torch.nn.Module, targets: str, encoder: str) -> list[str]:
-    """Names of the layers that adapters go into. Raises LabError when there are none."""
+def sites(model: torch.nn.Module, targets: str, encoder: str) -> list[str] | str:
+    """The layers that adapters go into, as PEFT's target_modules: their names, or, for the text encoder alone, a regular
+    expression, because PEFT takes a name for a suffix and "transformer…" would find "visual.transformer…" too.
+
+    Raises LabError when there are none.
+    """
     names = modules(model, targets)
     if not hasattr(model, "visual"):  # an image model alone
         return names
@@ -26,7 +31,7 @@ def sites(model: torch.nn.Module, targets: str, encoder: str) -> list[str]:
     found = [name for name in names if name.startswith("visual.") in keep]
     if not found:
         raise LabError(f"The model's {encoder} encoder has no layers called {targets}: choose other layers.")
-    return found
+    return f"(?:{'|'.join(map(re.escape, found))})" if encoder == "text" else found
 
 
 def tower_head(episode: Episode, knobs: Any, model: torch.nn.Module, clip: Any, encoder: str) -> Head:

@@ -54,8 +54,9 @@ def augment(pixels: torch.Tensor, generator: torch.Generator, crop: tuple[float,
     b = len(pixels)
     draws = torch.rand(b, 5, generator=generator)
     area = crop[0] + (crop[1] - crop[0]) * draws[:, 0]
-    proportion = torch.exp((draws[:, 1] * 2 - 1) * torch.tensor(4 / 3).log())
-    width, height = ((area * r).sqrt().clamp(max=1.0) for r in (proportion, 1 / proportion))
+    most = torch.minimum(torch.tensor(4 / 3), 1 / area).log()  # as far as the crop stays inside
+    proportion = torch.exp((draws[:, 1] * 2 - 1) * most)
+    width, height = (area * proportion).sqrt(), (area / proportion).sqrt()
     mirrored = torch.where((draws[:, 4] < 0.5) & torch.tensor(flip), -1.0, 1.0)
     theta = torch.zeros(b, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = width * mirrored, height
