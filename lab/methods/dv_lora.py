@@ -1,7 +1,7 @@
 """DV-LoRA, dynamic vector-based LoRA: EndoDAC's adapter (Cui et al. 2024, arXiv 2405.08672).
 
 ΔW = s·diag(v)·B·diag(u)·A with u (r), v (m): for a warm-up A and B train and the vectors rest; then the vectors train
-and A and B rest. Official code: github.com/BeileiCui/EndoDAC, models/backbones/mylora/layers.py (`DVLinear`: A as
+and A and B rest. Official code: github.com/BeileiCui/EndoDAC (commit 797cf99), models/backbones/mylora/layers.py (`DVLinear`: A as
 LoRA's, B = 0, u, v uniform in ±1 by kaiming_uniform on a single column, alpha = r) and models/endodac/layers.py
 (`mark_only_part_as_trainable`), with a warm-up of 20000 steps. There the vectors are not in the optimizer, which is made
 of what trains at the start, so that after the warm-up nothing of the adapter learns; here they do, as the paper means it.

@@ -1,7 +1,7 @@
 """Hydra: a parallel low-rank branch, and a sequential one on the layer's own output (Kim et al. 2023, arXiv 2309.06922).
 
 W' = W + s·(B_p·A_p + B_s·A_s·W): A_p (r×n), B_p (m×r) as in LoRA, A_s (r×m), B_s (m×r) after the layer. Official code:
-github.com/extremebird/Hydra, vtab1k/hydra.py (`Hydra_layer`, `reparameterize`) and
+github.com/extremebird/Hydra (commit b8f5a11), vtab1k/hydra.py (`Hydra_layer`, `reparameterize`) and
 elevater/vision_benchmark/evaluation/Hydra_model.py (A ~ N(0, 0.02²), B = 0, as here). The code's branches also have
 biases, and its sequential branch sees W·x + b; here the branches act on W alone, so that the update merges into W and
 a layer's bias stays its own.

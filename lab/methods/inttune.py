@@ -1,7 +1,7 @@
 """IntermediateTune: NLoRA with only its middle matrix trained (Guo et al. 2025, arXiv 2502.14482).
 
 ΔW = s·B·(N − N₀)·A with B the weight's first r columns and A its first r rows, frozen, and N (r×r) trained, started at
-N₀ as in NLoRA. Official code: github.com/TracyGuo2001/NLoRA, code/inttune.py (`lora_A`, `lora_B` requires_grad = False).
+N₀ as in NLoRA. Official code: github.com/TracyGuo2001/NLoRA (commit b086286), code/inttune.py (`lora_A`, `lora_B` requires_grad = False).
 The released code does not take B·N₀·A off W; here it is, which costs no rank: B and A do not move.
 """
 

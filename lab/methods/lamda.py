@@ -3,7 +3,7 @@
 W' = W + s·(B·S·A − B₀·S₀·A): A = V_rᵀ (the paper's PMA) frozen, S (r×r, LDA) trained from Σ_r, B (m×r, PMB) trained
 from U_r and frozen gradually over the first `freeze` of the steps; afterwards S alone is trained. B's columns freeze
 from the smallest singular value's on, a linear number of them.
-The release (github.com/ArminAzizi98/LaMDA, lamda.py) has neither the spectral start nor the freezing: it freezes a
+The release (github.com/ArminAzizi98/LaMDA, commit 78faf18, lamda.py) has neither the spectral start nor the freezing: it freezes a
 random A, adds S, and trains B from zero. The paper's abstract and Figure 1 say that the projections are made
 from W's singular vectors and that PMB freezes by singular values; the order and pace of freezing, and that the
 start value is taken off W, are our reading.

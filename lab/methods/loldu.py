@@ -2,7 +2,7 @@
 
 W = P·L·D·U (permutation, unit lower triangle, diagonal, unit upper triangle, from LU with partial pivoting).
 W' = W_res + c·P·L_r·diag(z)·U_r with z (r) started at D_r and the scalar c at alpha/r, both trained, and
-W_res = W − c₀·P·L_r·D_r·U_r. As an update: ΔW = P·L_r·diag(c·z − c₀·D_r)·U_r. Official code: github.com/SKDDJ/LoLDU,
+W_res = W − c₀·P·L_r·D_r·U_r. As an update: ΔW = P·L_r·diag(c·z − c₀·D_r)·U_r. Official code: github.com/SKDDJ/LoLDU (commit 9790d90),
 minloldu/loldu.py (`LoLDUParametrization`, init_method "lu"): the paper counts r numbers, the code also trains c.
 The first r columns and rows are whatever pivoting left there: unlike singular vectors they depend on the rows' order.
 """

@@ -2,7 +2,7 @@
 
 ΔW = s·B·A as in LoRA. Each step the pair of gradients is replaced by the one whose effect on W, s(B·g_A + g_B·A), is
 nearest to the full gradient, which needs only the two gradients themselves (`lab/methods/_optimizers.py`, `lora_pro`).
-Official code: github.com/mrflogs/LoRA-Pro, peta/optim.py (`step_full`, `step_efficient`, X_mode "sylvester", damping
+Official code: github.com/mrflogs/LoRA-Pro (commit 2d8f44a), peta/optim.py (`step_full`, `step_efficient`, X_mode "sylvester", damping
 1e-8). `full` = false: Adam's moments are of the corrected gradients (the class's default); true: they are of the m×n
 gradient the pair stands for (the paper's Algorithm 2), at m·n numbers of memory each. Full mode's weight decay
 acts on the adapter here, not on the frozen weight as in the code.

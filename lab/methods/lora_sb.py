@@ -3,7 +3,7 @@
 ΔW = B·R·A, with B, A frozen and R (r×r) trained. Let G be the loss's gradient by W on a first batch; full
 fine-tuning's first Adam step is −η·sign(G) = U·Σ·Vᵀ. Then B = U_r, A = V_rᵀ and R starts at Σ_r: training starts one
 rank-r approximated full step away from the base, and R's gradient is the full gradient's projection (B and A
-are orthonormal), so that no scale is left to choose. Official code: github.com/RaghavSinghal10/lora-sb,
+are orthonormal), so that no scale is left to choose. Official code: github.com/RaghavSinghal10/lora-sb (commit 4cdf68b),
 utils/gradient_utils.py (`-1 * lr * torch.sign(grad)`, gradients summed over samples) and train_arithmetic.py
 (alpha = r, η = lr / (warm-up steps)); the placement of B, A and R is the paper's Algorithm 1.
 """

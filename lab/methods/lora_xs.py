@@ -1,7 +1,7 @@
 """LoRA-XS: an r×r matrix trained between frozen singular factors (Bałazy et al. 2024, arXiv 2405.17604).
 
 ΔW = s·B·R·A with B = U_r·Σ_r (m×r) and A = V_rᵀ (r×n) from the SVD of W, frozen, and R (r×r) trained, started at
-N(0, σ²) with σ = 10⁻⁵. Official code: github.com/MohammadrezaBanaei/LoRA-XS, utils/initialization_utils.py
+N(0, σ²) with σ = 10⁻⁵. Official code: github.com/MohammadrezaBanaei/LoRA-XS (commit 24efae6), utils/initialization_utils.py
 (`get_svd_replacement_module`, `sigma=0.00001`) and utils/latent_utils.py. There the SVD is of Wᵀ, U·Σ goes to `lora_A`
 and V to `lora_B`, i.e. Σ sits on the input's side; the paper writes it on the output's, as here. Both reach the same
 updates, with differently scaled gradients of R.

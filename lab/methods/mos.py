@@ -5,7 +5,7 @@
 dissociation). `private` of the r rows come from shards that are the layer's alone, the others from the pool that all
 layers of one role and shape share. A layer contributes `share` rows' worth of shards in all, private ones included, so
 that layers of a group train share·(m + n) numbers each, at a rank r above that.
-Official code: github.com/Forence1999/MoS, modules/Tied_LoRA.py (`transform_chunks`: row j takes indices j·shards, …,
+Official code: github.com/Forence1999/MoS (commit cafb8dd), modules/Tied_LoRA.py (`transform_chunks`: row j takes indices j·shards, …,
 j·shards + shards − 1; shared rows first; `torch.randperm` without replacement; A ~ LoRA's start for full rows, B = 0;
 one pool per projection of the network). Its `lora_A_vec` is frozen at one and left out. A group too small to fill
 r rows without repeating a shard gives as many as it can.

@@ -2,7 +2,7 @@
 
 ΔW = s·B·N·A, all trained, B started at the weight's first r columns, A at its first r rows, N at a function of the
 r×r block W₁₁ where they cross. The Nyström approximation of W takes N = W₁₁⁺; the released code takes W₁₁ itself, the
-pseudo-inverse being commented out (github.com/TracyGuo2001/NLoRA, code/peft/src/peft/tuners/lora/layer.py,
+pseudo-inverse being commented out (github.com/TracyGuo2001/NLoRA (commit b086286), code/peft/src/peft/tuners/lora/layer.py,
 `nlora_init`). `core` chooses; the released code's is the default. With W₁₁⁺ the start is of W's own size
 (and of any size where W₁₁ is near singular), with W₁₁ of W's size cubed.
 The released code does not take the start value off W, so that it starts away from the base model; by default it is

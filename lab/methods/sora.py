@@ -1,7 +1,7 @@
 """SoRA: a LoRA whose ranks are gated and driven to zero (Ding et al. 2023, arXiv 2311.11696).
 
 ΔW = s·B·diag(g)·A with a trained gate g (r). After each optimizer step the gate takes a proximal step of an l1
-penalty: g ← sign(g)·max(|g| − λ, 0). Ranks whose gate is zero can be dropped. Official code: github.com/TsinghuaC3I/SoRA,
+penalty: g ← sign(g)·max(|g| − λ, 0). Ranks whose gate is zero can be dropped. Official code: github.com/TsinghuaC3I/SoRA (commit 7ca93d5),
 src/lora.py (g ~ N(0, 1), A as LoRA's, B = 0) and src/sparse_optimizer.py. The paper's threshold is η·λ with η the
 learning rate; the code uses λ itself (`sparse_lambda_2`), as here. The code's three lines of in-place thresholding also
 zero what lands in (0, λ) after shrinking, i.e. everything up to 2λ; here it is the paper's soft threshold. The code

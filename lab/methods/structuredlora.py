@@ -1,7 +1,7 @@
 """StructuredLoRA (SLoRA): a trained r×r matrix between LoRA's two (Guo et al. 2025, arXiv 2502.14482).
 
 ΔW = s·B·N·A with B (m×r) zero at the start, N (r×r) and A (r×n) uniform as LoRA's A; all three trained. Official code:
-github.com/TracyGuo2001/NLoRA, code/peft/src/peft/tuners/lora/layer.py (`slora_init`). What N adds to what B·A can
+github.com/TracyGuo2001/NLoRA (commit b086286), code/peft/src/peft/tuners/lora/layer.py (`slora_init`). What N adds to what B·A can
 reach is nothing; it changes how training gets there.
 """
 
