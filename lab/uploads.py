@@ -150,7 +150,7 @@ def _plain(image: Image.Image, max_side: int) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         if max(image.size) > max_side:
             image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -191,11 +191,15 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     import numpy as np
     from PIL import Image
 
-    values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
+    values = np.asarray(image)
     white = 65535.0 if image.mode.startswith("I") else 1.0
     if not image.mode.startswith("I;16"):
-        white = max(white, float(values.max(initial=0.0)))
-    return Image.fromarray(np.clip(values / white * 255.0 + 0.5, 0, 255).astype(np.uint8))
+        white = max(white, float(np.max(values, where=np.isfinite(values), initial=0.0)))
+    grey = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), 256):  # some rows at a time: fifty megapixels of floats are 200 MB
+        rows = np.nan_to_num(values[top : top + 256].astype(np.float32), posinf=white, neginf=0.0)
+        grey[top : top + 256] = np.clip(rows / white * 255.0 + 0.5, 0, 255)
+    return Image.fromarray(grey)
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

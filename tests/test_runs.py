@@ -401,6 +401,8 @@ def test_metrics(store: Store) -> None:
     assert [r["step"] for r in few] == sorted(r["step"] for r in few)
     path.write_text(text)
     assert store.metrics(ME, run.id, points=50)[-1] == {"step": 999, "loss": 5.0}
+    path.write_text('{"step": 1, "loss": NaN}\n')
+    assert store.metrics(ME, run.id) == [{"step": 1, "loss": None}]
     path.write_bytes(b"".join(b'{"step": %d, "loss": 0.123456789012345}\n' % n for n in range(200_000)))
     began = time.process_time()
     long = store.metrics(ME, run.id, points=300)

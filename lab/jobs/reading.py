@@ -69,7 +69,7 @@ def metrics(path: Path, points: int) -> list[dict[str, Any]]:
     by_step: dict[int, dict[str, Any]] = {}
     for line in lines:
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_constant=lambda _: None)  # NaN: a gap in the curve
         except ValueError:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
