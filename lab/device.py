@@ -7,7 +7,7 @@ import functools
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def generator(*key: int) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def unchanged_rng() -> Iterator[None]:
+def unchanged_rng() -> Generator[None]:
     """Whatever is drawn inside, the global generators go on as if it had not been."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
         yield

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,8 +16,9 @@ from lab import device as devices
 from lab.errors import LabError
 from lab.images import crop_box, cropped
 
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+# diffusers' own annotations leave out what its classes do (config attributes, module calls): they cannot be checked.
+Pipeline = Any  # StableDiffusionXLPipeline
+Schedule = Any  # DDPMScheduler
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Prompt:
 
 
 @torch.no_grad()
-def encode_prompts(pipe: StableDiffusionXLPipeline, texts: Sequence[str]) -> dict[str, Prompt]:
+def encode_prompts(pipe: Pipeline, texts: Sequence[str]) -> dict[str, Prompt]:
     """Embeddings of each distinct text, and under "" those of the empty (negative) prompt."""
     distinct = [text for text in dict.fromkeys(texts) if text]
     found: dict[str, Prompt] = {}
@@ -62,7 +63,7 @@ def encode_prompts(pipe: StableDiffusionXLPipeline, texts: Sequence[str]) -> dic
 
 @torch.no_grad()
 def encode_pictures(
-    pipe: StableDiffusionXLPipeline,
+    pipe: Pipeline,
     pictures: Sequence[Image.Image],
     prompts: Sequence[str],
     resolution: int,
@@ -100,7 +101,7 @@ def encode_pictures(
     )
 
 
-def _posterior(pipe: StableDiffusionXLPipeline, square: Image.Image, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _posterior(pipe: Pipeline, square: Image.Image, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = pipe.image_processor.preprocess(square)  # (1, 3, resolution, resolution) in -1..1
     with _safe_vae(pipe) as vae:
         posterior = vae.encode(pixels.to(pipe.device, vae.dtype)).latent_dist
@@ -115,7 +116,7 @@ def _posterior(pipe: StableDiffusionXLPipeline, square: Image.Image, number: int
 class _safe_vae:  # noqa: N801 - used as a context manager
     """The VAE, in fp32 while it is used where its own numbers overflow in fp16 (`force_upcast`)."""
 
-    def __init__(self, pipe: StableDiffusionXLPipeline) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         self.vae, self.dtype = pipe.vae, pipe.vae.dtype
         self.upcast = self.dtype == torch.float16 and self.vae.config.force_upcast
 
@@ -148,12 +149,12 @@ def unscaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 # -- training ------------------------------------------------------------------------------------------
-def training_schedule(pipe: StableDiffusionXLPipeline) -> DDPMScheduler:
+def training_schedule(pipe: Pipeline) -> Schedule:
     """The noise schedule the base was trained with, read from its sampler's configuration (betas, prediction type,
     zero terminal SNR). Raises LabError when the base predicts neither noise nor velocity."""
     from diffusers import DDPMScheduler
 
-    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    schedule: Schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
         raise LabError(
             f"This base predicts '{schedule.config.prediction_type}': the lab trains bases that predict epsilon or v."
@@ -161,7 +162,7 @@ def training_schedule(pipe: StableDiffusionXLPipeline) -> DDPMScheduler:
     return schedule
 
 
-def snr_weights(schedule: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+def snr_weights(schedule: Schedule, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """Min-SNR-γ weights (Hang et al., arXiv 2303.09556, eq. 6 and its v form): min(SNR, γ)/SNR, or /(SNR + 1).
 
     At zero terminal SNR the ε weight is its limit, 1.
@@ -176,7 +177,7 @@ def snr_weights(schedule: DDPMScheduler, timesteps: torch.Tensor, gamma: float) 
 def denoising_loss(
     unet: Any,
     vae: Any,
-    schedule: DDPMScheduler,
+    schedule: Schedule,
     pictures: Pictures,
     chosen: Sequence[int],
     generator: torch.Generator,
@@ -207,7 +208,7 @@ def denoising_loss(
 # -- sampling ------------------------------------------------------------------------------------------
 @torch.no_grad()
 def sample(
-    pipe: StableDiffusionXLPipeline,
+    pipe: Pipeline,
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
     negative: Prompt,
@@ -256,12 +257,16 @@ def sample(
 
 
 @torch.no_grad()
-def decode(pipe: StableDiffusionXLPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Latents → pictures, one at a time: the VAE's decoder is where memory peaks. Raises LabError when not finite."""
+def decode(pipe: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
+    """Latents → pictures, large ones one at a time: the VAE's decoder is where memory peaks.
+
+    Raises LabError when the numbers are not finite.
+    """
     pictures = []
+    side = latents.shape[-1] * pipe.vae_scale_factor
     with _safe_vae(pipe) as vae:
-        for latent in unscaled(vae, latents.float()):
-            pixels = vae.decode(latent[None].to(vae.dtype), return_dict=False)[0].float()
+        for part in unscaled(vae, latents.float()).split(max(1, 2**17 // side**2)):
+            pixels = vae.decode(part.to(vae.dtype), return_dict=False)[0].float()
             if not torch.isfinite(pixels).all():
                 raise LabError(
                     "A picture came out as numbers out of range: the adapter's learning rate was probably too high, "

@@ -259,6 +259,7 @@ def test_a_comparison_leaves_what_it_promises_and_the_base_untouched(small_sdxl:
     after = unet.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert images.read_folder(tmp_path / "unrelated")[0].size == (16, 16)
     assert {"training", "drawing a preview", "saving the adapter", "drawing", "scoring"} <= set(phases)
 
 
@@ -315,6 +316,23 @@ def test_prior_pictures_are_made_once_and_change_training(small_sdxl: Any, tmp_p
     assert [p.stat().st_mtime_ns for p in made] == when
     compare(tmp_path / "without", **(changes | {"prior_weight": 0.0}))
     assert adapter_bytes(tmp_path / "with", "lora-s0") != adapter_bytes(tmp_path / "without", "lora-s0")
+
+
+def test_gradient_checkpointing_changes_no_result(small_sdxl: Any, tmp_path: Path) -> None:
+    plain = compare(tmp_path / "plain", steps=2)[1]["result"]
+    saved = compare(tmp_path / "saved", steps=2, gradient_checkpointing=True)[1]["result"]
+    assert plain["final_loss"] == pytest.approx(saved["final_loss"], rel=1e-4)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in small_sdxl.load().unet.modules())
+
+
+def test_progress_never_runs_backwards(small_sdxl: Any, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    compare(tmp_path, lambda step, steps, **v: told.append((v["phase"], step, steps)), unrelated_prompts=["a dog"])
+    training = [i for i, (phase, *_) in enumerate(told) if phase == "training"]
+    before, after = told[: training[0]], told[training[-1] :]
+    own = [step for phase, step, _ in before[before.index(("encoding the pictures", 0, 4)) :]]
+    assert set(own) == {0}
+    assert {step for _, step, _ in after} == {4}
 
 
 def test_too_few_pictures_and_another_comparisons_folder_are_refused(small_sdxl: Any, tmp_path: Path) -> None:

@@ -68,8 +68,14 @@ class Base:
 
         Raises LabError, in one sentence, when it is missing, gated, unreachable, or not safetensors.
         """
-        loader = importlib.import_module(f"lab.bases._{self.family}")
-        return loader.load(self, device, dtype)
+        return self._loader().load(self, device, dtype)
+
+    def forget(self) -> None:
+        """Let go of a loaded model, so that the next `load` reads it again."""
+        self._loader().forget()
+
+    def _loader(self) -> Any:
+        return importlib.import_module(f"lab.bases._{self.family}")
 
 
 def _config(path: Path) -> dict[str, Any]:

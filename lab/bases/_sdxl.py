@@ -35,7 +35,10 @@ def _load(
 ) -> StableDiffusionXLPipeline:
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-    parts: dict[str, Any] = {"vae": AutoencoderKL.from_pretrained(vae, torch_dtype=dtype)} if vae else {}
+    parts: dict[str, Any] = {}
+    if vae:
+        with _plain_errors(vae), _quiet():
+            parts["vae"] = AutoencoderKL.from_pretrained(vae, torch_dtype=dtype, use_safetensors=True)
     with _plain_errors(source), _quiet():
         if Path(source).suffix == ".safetensors":
             pipe = StableDiffusionXLPipeline.from_single_file(source, torch_dtype=dtype, **parts)
@@ -48,6 +51,11 @@ def _load(
             part.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def forget() -> None:
+    """Let go of the pipeline that is kept."""
+    _load.cache_clear()
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ register(
                 "guidance": 7.5,
                 "checkpoint_every": 50,
                 "preview_every": 50,
+                "gradient_checkpointing": True,
                 "prompts": [
                     "a {subject} in the snow",
                     "a {subject} on the beach",

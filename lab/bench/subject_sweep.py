@@ -23,10 +23,10 @@ from typing import Any
 HELP = "search and check the subject task's presets on the embedded base"
 HERE = Path(__file__).parent
 SEARCHED = {  # method: settings, learning rates
-    "lora": [({"r": 4}, (5e-4, 1e-3, 2e-3, 4e-3))],
-    "nora": [({"r_outer": 0.8, "r_inner": 4}, (2.5e-3, 5e-3, 1e-2)), ({"r_outer": 0.5, "r_inner": 4}, (5e-3, 1e-2))],
+    "lora": [({"r": 4}, (1e-3, 2e-3, 4e-3))],
+    "nora": [({"r_outer": 0.8, "r_inner": 4}, (2.5e-3, 5e-3, 1e-2))],
 }
-PROBED = (100, 150, 200, 300)  # steps at which a search run is scored
+PROBED = (100, 150, 200)  # steps at which a search run is scored
 FIELDS = (
     *("weights", "subject", "method", "knobs", "lr", "seed", "steps", "trainable_parameters"),
     *("clip_i", "clip_t", "base_clip_i", "base_clip_t", "seconds"),
@@ -91,7 +91,7 @@ def _score_base(base: str, subject: str) -> dict[str, float]:
 
     spec, pictures = _spec(base, subject, unrelated_prompts=[])
     with tempfile.TemporaryDirectory() as folder:
-        result = Run(spec, PlannedRun("base", 0), pictures, Path(folder), _silent).draw_and_score()
+        result = Run(spec, PlannedRun("base", 0), pictures, Path(folder), Path(folder), _silent).draw_and_score()
     return {"base_clip_i": result["clip_i"], "base_clip_t": result["clip_t"]}
 
 
@@ -114,7 +114,7 @@ def _probe(base: str, subject: str, method: str, knobs: dict[str, Any], lr: floa
     with tempfile.TemporaryDirectory() as folder:
         planned = PlannedRun(method, 0, spec["methods"][method])
         try:
-            result = Probe(spec, planned, pictures, Path(folder), _silent).train_and_score(Path(folder) / "prior")
+            result = Probe(spec, planned, pictures, Path(folder), Path(folder), _silent).train_and_score()
         except LabError as error:  # a learning rate that diverges is a finding
             print(error, file=sys.stderr)
             return

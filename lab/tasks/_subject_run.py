@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
@@ -19,6 +20,7 @@ from lab.diffusion import encode_pictures, encode_prompts, sample, training_sche
 from lab.errors import LabError
 from lab.files import write_atomic, write_json
 from lab.images import cropped, read_folder, strip
+from lab.jobs import disk
 from lab.methods import METHODS
 from lab.record import record
 from lab.targets import modules
@@ -37,35 +39,44 @@ def run(spec: dict[str, Any], planned: PlannedRun, inputs: Path, folder: Path, r
     pictures = read_folder(inputs)
     check_count(len(pictures))
     report(0, spec["steps"], phase="loading the base model")
-    subject = Run(spec, planned, pictures, folder, report)
+    subject = Run(spec, planned, pictures, folder, inputs.parent, report)
     write_json(folder / "meta.json", record(spec, planned, devices.describe(subject.pipe.device)))
     if planned.method == "base":
         return {"method": "base", "seed": planned.seed, "knobs": {}} | subject.draw_and_score()
-    return subject.train_and_score(inputs.parent / "prior")
+    return subject.train_and_score()
 
 
 class Run:
     """What the parts of one run share."""
 
     def __init__(
-        self, spec: dict[str, Any], planned: PlannedRun, pictures: list[Image.Image], folder: Path, report: Report
+        self,
+        spec: dict[str, Any],
+        planned: PlannedRun,
+        pictures: list[Image.Image],
+        folder: Path,
+        shared: Path,
+        report: Report,
     ) -> None:
-        self.spec, self.planned, self.folder, self.tell = spec, planned, folder, report
+        """`folder` is the run's own, `shared` the comparison's."""
+        self.spec, self.planned, self.folder, self.shared, self.tell = spec, planned, folder, shared, report
         self.pictures, self.prompts = pictures, prompts(spec, planned.method)
         self.base = resolve(spec["base"])
         self.pipe = self.base.load()
         self.resolution = spec["resolution"] or self.pipe.default_sample_size * self.pipe.vae_scale_factor
         self.known = encode_prompts(self.pipe, [*self.prompts, *spec["unrelated_prompts"]])
+        self.step = 0  # how far training is, for reports of what comes before and after it
 
-    def report(self, phase: str, step: int | None = None, **values: Any) -> None:
-        self.tell(self.spec["steps"] if step is None else step, self.spec["steps"], phase=phase, **values)
+    def report(self, phase: str, **values: Any) -> None:
+        self.tell(self.step, self.spec["steps"], phase=phase, **values)
 
-    def train_and_score(self, prior_folder: Path) -> dict[str, Any]:
+    def train_and_score(self) -> dict[str, Any]:
         """Train, save the adapter, draw and score. The base, which other runs share, is left as it was."""
         spec, planned = self.spec, self.planned
-        self.report("encoding the pictures", 0)
-        objective = self._objective(prior_folder)
-        before = self._unrelated()
+        self.report("encoding the pictures")
+        objective = self._objective()
+        texts, seeds = spec["unrelated_prompts"], [UNRELATED_SEED] * len(spec["unrelated_prompts"])
+        before = self._made_once("unrelated", texts, seeds, "drawing unrelated prompts") if texts else []
         model = self._attach(objective)
         try:
             settings = Settings(
@@ -75,13 +86,15 @@ class Run:
             )
             method = METHODS[planned.method]
             trained = train(model, method, objective, settings, self.folder, self.tell, self._preview)
+            self.step = spec["steps"]
             size = self._save(model)
             drawn = self.draw_and_score()
-            self.report("measuring the drift")
-            scorer = self._scorer()
-            drift = metrics.drift(scorer, before, self._unrelated()) if scorer and before else None
+            scorer, drift = self._scorer(), None
+            if scorer and before:
+                drift = metrics.drift(scorer, before, self._draw(texts, seeds, "drawing unrelated prompts"))
         finally:
             model.unload()
+            self.pipe.unet.disable_gradient_checkpointing()
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
         return {
             "method": planned.method,
@@ -97,7 +110,7 @@ class Run:
         } | drawn
 
     # -- training --------------------------------------------------------------------------------------
-    def _objective(self, prior_folder: Path) -> DreamBooth:
+    def _objective(self) -> DreamBooth:
         spec, pipe, prior = self.spec, self.pipe, None
         pictures = encode_pictures(
             pipe,
@@ -109,7 +122,7 @@ class Run:
             size_conditioning=self.base.size_conditioning,
         )
         if spec["prior_weight"] > 0:
-            class_pictures = self._prior(prior_folder)
+            class_pictures = self._prior()
             texts = [self._class_prompt()] * len(class_pictures)
             prior = encode_pictures(pipe, class_pictures, texts, self.resolution)
         return DreamBooth(
@@ -126,13 +139,18 @@ class Run:
     def _class_prompt(self) -> str:
         return f"a {self.spec['class_word']}"
 
-    def _prior(self, folder: Path) -> list[Image.Image]:
-        """Pictures of the class as the base draws it, made by the first run that needs them."""
+    def _prior(self) -> list[Image.Image]:
+        """Pictures of the class as the base draws it."""
         wanted = self.spec["prior_pictures"]
-        if folder.is_dir() and len(made := read_folder(folder)) >= wanted:
-            return made[:wanted]
         texts = [self._class_prompt()] * wanted
-        drawn = self._draw(texts, range(1000, 1000 + wanted), "drawing the class for prior preservation")
+        return self._made_once("prior", texts, range(1000, 1000 + wanted), "drawing the class for prior preservation")
+
+    def _made_once(self, name: str, texts: Sequence[str], seeds: Sequence[int], phase: str) -> list[Image.Image]:
+        """Pictures by the base, kept in the comparison's folder by the first run that needs them."""
+        folder = self.shared / name
+        if folder.is_dir() and len(made := read_folder(folder)) >= len(texts):
+            return made[: len(texts)]
+        drawn = self._draw(texts, seeds, phase)
         for number, picture in enumerate(drawn):
             _save_png(picture, folder / f"{number:03d}.png")
         return drawn
@@ -147,9 +165,15 @@ class Run:
             with devices.autocast(self.pipe.device):
                 return objective.loss(unet, devices.generator(planned.seed, 3))
 
-        self.report("attaching the adapter", 0)
+        if self.spec["gradient_checkpointing"]:
+            unet.enable_gradient_checkpointing()
+        self.report("attaching the adapter")
         knobs = method.knobs.parse(planned.knobs)
-        model = method.attach(unet, knobs, names, seed=planned.seed, calibrate=calibrate)
+        try:
+            model = method.attach(unet, knobs, names, seed=planned.seed, calibrate=calibrate)
+        except BaseException:
+            self.base.forget()  # it may be half changed
+            raise
         objective.position = 0
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         for config in model.peft_config.values():
@@ -157,7 +181,8 @@ class Run:
         return model
 
     def _preview(self, step: int) -> None:
-        self.report("drawing a preview", step)
+        self.step = step
+        self.report("drawing a preview")
         seeds = self.spec["sample_seeds"][:2]
         drawn = self._draw([self.prompts[0]] * len(seeds), seeds, steps=min(PREVIEW_STEPS, self.spec["sampling_steps"]))
         sheet = strip(drawn, max(192, drawn[0].width))
@@ -169,7 +194,13 @@ class Run:
         self.report("saving the adapter")
         target, aside = self.folder / "adapter", self.folder / "adapter.tmp"
         shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside, save_embedding_layers=False)  # "auto" asks the Hub for the base
+        try:
+            model.save_pretrained(aside, save_embedding_layers=False)  # "auto" asks the Hub for the base
+            _sorted_names(aside / "adapter_config.json")
+        except Exception as error:  # safetensors has an error class of its own for what the disk says
+            if disk.is_full(error):
+                raise LabError(disk.sentence(self.folder)) from error
+            raise
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
         return sum(file.stat().st_size for file in target.rglob("*.safetensors"))
@@ -180,7 +211,9 @@ class Run:
             self.known |= encode_prompts(self.pipe, missing)
 
         def on_step(done: int, every: int) -> None:
-            if phase:
+            if phase and self.planned.method == "base":  # drawing is all that this run does
+                self.tell(done, every, phase=phase)
+            elif phase:
                 self.report(phase, drawn=done / every)
 
         return sample(
@@ -193,10 +226,6 @@ class Run:
             resolution=self.resolution,
             on_step=on_step,
         )
-
-    def _unrelated(self) -> list[Image.Image]:
-        texts = self.spec["unrelated_prompts"]
-        return self._draw(texts, [UNRELATED_SEED] * len(texts), "drawing unrelated prompts") if texts else []
 
     def _scorer(self) -> metrics.Scorer | None:
         """None where it cannot be had, as without a network: hours of training are not thrown away for a score."""
@@ -222,6 +251,15 @@ class Run:
         shown = [cropped(p, c, self.resolution, i) for i, (p, c) in enumerate(zip(self.pictures, crops, strict=True))]
         asked = [text for text in prompts(self.spec, "base") for _ in seeds]  # without the trigger, no real word
         return {"sample_seconds": seconds} | metrics.scores(scorer, drawn, asked, shown)
+
+
+def _sorted_names(path: Path) -> None:
+    """PEFT writes sets of names in any order; the same run is to write the same file."""
+    config = json.loads(path.read_text())
+    names = {
+        key: sorted(config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), list)
+    }
+    write_json(path, config | names)
 
 
 def _save_png(picture: Image.Image, path: Path) -> None:
