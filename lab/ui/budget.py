@@ -117,20 +117,12 @@ def build(page: Page) -> None:
     gr.HTML(
         "",
         html_template=f"<style>{static('budget.css')}</style>{calculator()}",
-        js_on_load=static("budget.js"),
+        js_on_load=static("charts.js") + static("budget.js"),
         apply_default_css=False,
         elem_id="budget",
         initial=initial(),
         server_functions=[budget_report_, budget_link, budget_bring, budget_copy_, budget_equations],
     )
-    # Gradio loads plotly with the first chart component; the calculator's own charts are drawn with it, in place.
-    gr.Plot(_empty(), show_label=False, visible="hidden", elem_id="budget-plotly")
-
-
-def _empty() -> Any:
-    import plotly.graph_objects as go
-
-    return go.Figure()
 
 
 def calculator() -> str:

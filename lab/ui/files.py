@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response
+from gradio_client.utils import is_http_url_like
 
 from lab import compare
 from lab.errors import LabError
@@ -128,6 +130,20 @@ def _zipped(folder: Path, name: str) -> bytes:
         for path in kept:
             file.write(path, f"{name}/{path.name}")
     return buffer.getvalue()
+
+
+def uploads_only(block: Any) -> None:
+    """Make a component take files that came in by the upload route, and no addresses, which Gradio would fetch."""
+    move = getattr(block, "async_move_resource_to_block_cache", None)
+    if move is None:
+        return
+
+    async def checked(path: str | Path | None) -> str | None:
+        if path is not None and is_http_url_like(str(path)):
+            raise gr.Error("This file was not uploaded here: choose it again.", print_exception=False)
+        return await move(path)
+
+    block.async_move_resource_to_block_cache = checked
 
 
 def slug(text: str) -> str:

@@ -65,9 +65,10 @@ def application(home: Path | str | None = None) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(files.router(store))
     # Inside the lab's home, and under Gradio's own folder, nothing may be served by Gradio's file route.
+    demo = build(store)
     gr.mount_gradio_app(
         app,
-        build(store),
+        demo,
         path="/",
         theme=theme.Lab(),
         css=theme.css(),
@@ -83,6 +84,12 @@ def application(home: Path | str | None = None) -> FastAPI:
         pwa=False,
         mcp_server=False,
     )
+    # launch() sets these, mounting does not; without the first, Gradio checks no path that a request names and copies
+    # any file of this machine into its cache (tried with 6.31: tests/test_page.py), without the second, it makes
+    # static files of SVGs.
+    demo.has_launched = demo.is_running = True
+    for block in demo.blocks.values():
+        files.uploads_only(block)
     app.add_middleware(owner.OwnerCookie, owners=owners, framed=bool(os.environ.get("SPACE_ID")))  # ty: ignore
     return app
 

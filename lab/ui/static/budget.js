@@ -241,18 +241,17 @@ function table() {
   $(".results table").replaceChildren(make("thead", {}, groups, head), make("tbody", {}, ...body));
 }
 
-/* ---- charts: the page's own plotly, which a chart component on this tab loads ---- */
+/* ---- charts: drawn by static/charts.js; again when the tab is first shown and when the page changes its width ---- */
 const drawn = new Map();
 function charts() {
-  if (!window.Plotly) { clearTimeout(charts.timer); charts.timer = setTimeout(charts, 120); return; }
   for (const [id, figure] of Object.entries(shown.figures)) {
-    const node = $(`.chart[data-figure="${id}"]`), key = JSON.stringify(figure);
-    if (!node.offsetParent) { clearTimeout(charts.timer); charts.timer = setTimeout(charts, 250); continue; }
-    if (drawn.get(id) === key) continue;
-    drawn.set(id, key);
-    window.Plotly.react(node, figure.data, { ...figure.layout, autosize: true }, { responsive: true, displayModeBar: false });
+    const node = $(`.chart[data-figure="${id}"]`);
+    if (!node.clientWidth) continue;
+    const key = `${node.clientWidth} ${JSON.stringify(figure)}`;
+    if (drawn.get(id) !== key) { drawn.set(id, key); Chart.draw(node, figure); }
   }
 }
+new ResizeObserver(charts).observe($(".charts"));
 
 /* ---- what stays: selects, equal budget, bringing an architecture, copying, papers, equations ---- */
 function setUp() {
