@@ -136,10 +136,9 @@ def calculator() -> str:
 <div class="said-bad"></div>
 <section class="panel fields">
   <div class="field"><label><span>Architecture</span><select class="arch"></select></label></div>
-  <div class="field"><span>Layers to adapt</span><div class="chips targets"></div></div>
+  <div class="field"><span>Layers to adapt</span><div class="chips"><div class="chips targets"></div><label class="chip encoders" hidden><input type="checkbox"><span></span></label></div></div>
   <div class="field"><span>Blocks</span><div class="range"><input type="number" min="0" aria-label="first block">to<input type="number" min="0" aria-label="last block"></div></div>
   <div class="field parts" hidden><label><span>Tower</span><select></select></label></div>
-  <div class="field encoders" hidden><div class="chips"><label class="chip"><input type="checkbox"><span></span></label></div></div>
   <details class="bring"><summary>Another architecture: upload a config.json, name a model, or paste shapes</summary>
     <div class="bring-grid">
       <div class="field"><span>config.json of a transformers, diffusers or open_clip model</span><div class="drop">Drop it here or click<input type="file" accept=".json,application/json" aria-label="config.json"></div></div>

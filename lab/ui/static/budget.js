@@ -220,7 +220,7 @@ function cards() {
 const COLUMNS = [
   ["parameters", (r) => number(r.count)], ["share of model", (r) => share(r.share)],
   ["fp32", (r) => bytes(r.bytes["fp32"]), "file"], ["bf16", (r) => bytes(r.bytes["bf16"])], ["8 bit", (r) => bytes(r.bytes["8 bit"])], ["4 bit", (r) => bytes(r.bytes["4 bit"])], ["3 bit", (r) => bytes(r.bytes["3 bit"])], ["2 bit", (r) => bytes(r.bytes["2 bit"])],
-  ["gradients + Adam", (r) => bytes(r.memory.gradients + r.memory.optimizer), "memory"], ["activations", (r) => bytes(r.memory.adapter)], ["training", (r) => bytes(r.memory.training)],
+  ["gradients + Adam", (r) => bytes(r.memory.gradients + r.memory.optimizer), "memory"], ["adapter activations", (r) => bytes(r.memory.adapter)], ["training", (r) => bytes(r.memory.training)],
   ["LoRA r = 1", (r) => times(r.below_floor), "smaller than"], ["LoRA here", (r) => times(r.below_lora)],
 ];
 function table() {
