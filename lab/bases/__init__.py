@@ -60,6 +60,11 @@ class Base:
         unet, vae = (_config(Path(self.source) / part / "config.json") for part in ("unet", "vae"))
         return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
 
+    @property
+    def public_name(self) -> str:
+        """What an adapter's file says it was trained on: the Hub id, or the folder's or file's name without its path."""
+        return self.source if _HUB_ID.fullmatch(self.source) else Path(self.source).stem
+
     def preset(self, task: str) -> dict[str, Any]:
         return self.presets.get(task, {})
 
@@ -107,42 +112,24 @@ def resolve(name: str) -> Base:
             f"'{name}' is a pickled checkpoint, which can run any code when it is opened: "
             "convert it to .safetensors first."
         )
-    path = Path(name).expanduser()
+    path = Path(name).expanduser().resolve()
     like = BASES["sdxl"]
-    if path.is_dir():
+    if name and path.is_dir():
         if not (path / "model_index.json").exists():
             raise LabError(f"'{name}' is not a diffusers folder: it holds no model_index.json.")
-        return dataclasses.replace(
-            like,
-            id=name,
-            name=path.name,
-            source=str(path.resolve()),
-            variant=None,
-            vae=None,
-            pixels=None,
-            summary="A local diffusers folder.",
-        )
+        own = {"name": path.name, "vae": None, "pixels": None, "architecture": str(path / "unet" / "config.json")}
+        summary = "A local diffusers folder."
+        return dataclasses.replace(like, id=str(path), source=str(path), variant=None, summary=summary, **own)
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise LabError(f"There is no file '{name}'.")
-        return dataclasses.replace(
-            like,
-            id=name,
-            name=path.stem,
-            source=str(path.resolve()),
-            variant=None,
-            summary="A local single-file checkpoint.",
-        )
+        summary = "A local single-file checkpoint."
+        return dataclasses.replace(like, id=str(path), name=path.stem, source=str(path), variant=None, summary=summary)
     if _HUB_ID.fullmatch(name) and not name.startswith(("./", "../")):
-        return dataclasses.replace(
-            like,
-            id=name,
-            name=name.split("/")[1],
-            source=name,
-            variant=None,
-            vae=None,
-            summary="From the Hugging Face Hub.",
-        )
+        for row in BASES.where(lambda row: row.source == name):
+            return row
+        own = {"name": name.split("/")[1], "vae": None, "variant": None}
+        return dataclasses.replace(like, id=name, source=name, summary="From the Hugging Face Hub.", **own)
     raise unknown("base model", name, BASES.ids())
 
 

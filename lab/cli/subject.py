@@ -66,11 +66,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pictures = read(paths)
     spec = comparison.start(args.out, "subject", spec, pictures)
     runs = comparison.run_all(args.out, "subject", spec, progress)
+    trained = [run for run in runs if run["method"] != "base"]
+    if all(run["state"] == "failed" for run in trained):
+        raise LabError(trained[0]["message"])
     made = compare.write_report(args.out, spec, runs)
     return {
         "out": str(args.out),
         "base": next(({k: r["result"][k] for k in ("clip_i", "clip_t")} for r in runs if _done(r, "base")), {}),
-        "runs": [_told(r) for r in runs if r["method"] != "base"],
+        "runs": [_told(run) for run in trained],
         "verdicts": compare.verdicts(compare.table(runs)),
         "files": [str(path) for path in made],
     }

@@ -36,7 +36,8 @@ def run(spec: dict[str, Any], planned: PlannedRun, folder: Path, report: Report)
     report(0, 1, phase="loading the model")
     clip, listing = model(spec["base"]), pictures(spec["dataset"])
     write_json(folder / "meta.json", record(spec, planned, devices.describe(clip.device)))
-    done = [_shots(spec, planned, k, folder, _part(report, i, spec["shots"])) for i, k in enumerate(spec["shots"])]
+    parts = _parts(report, spec, planned.method, len(listing.classes))
+    done = [_shots(spec, planned, k, folder, part) for k, part in zip(spec["shots"], parts, strict=True)]
     return {
         "method": planned.method,
         "seed": planned.seed,
@@ -107,16 +108,20 @@ def build(spec: dict[str, Any], planned: PlannedRun, shots: int, folder: Path) -
     return trained, head
 
 
-def _part(report: Report, index: int, shots: list[int]) -> Report:
-    """The report of one number of shots as a part of the run's: progress counts all of them."""
-    lengths: dict[str, int] = {}
+def _parts(report: Report, spec: dict[str, Any], id: str, classes: int) -> list[Report]:
+    """A report for each number of shots, so that the run's progress counts the steps of all of them."""
+    plan, trains = recipe(spec, id), runner(id).trains
+    lengths = [plan.length(k, k * classes) * len(plan.rates) if trains else 1 for k in spec["shots"]]
 
-    def told(step: int, steps: int, **values: Any) -> None:
-        lengths["steps"] = steps
-        phase = f"{shots[index]} shots: {values.pop('phase', 'training')}"
-        report(index * steps + step, len(shots) * steps, phase=phase, **values)
+    def part(index: int) -> Report:
+        def told(step: int, steps: int, **values: Any) -> None:
+            done = sum(lengths[:index]) + lengths[index] * step // max(1, steps)
+            phase = f"{spec['shots'][index]} shots: {values.pop('phase', 'training')}"
+            report(done, sum(lengths), phase=phase, **values)
 
-    return told
+        return told
+
+    return [part(i) for i in range(len(lengths))]
 
 
 def _shots(spec: dict[str, Any], planned: PlannedRun, shots: int, folder: Path, report: Report) -> dict[str, Any]:

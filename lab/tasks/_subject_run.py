@@ -177,7 +177,7 @@ class Run:
         objective.position = 0
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         for config in model.peft_config.values():
-            config.base_model_name_or_path = self.base.id
+            config.base_model_name_or_path = self.base.public_name
         return model
 
     def _preview(self, step: int) -> None:

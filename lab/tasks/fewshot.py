@@ -198,7 +198,7 @@ def _numbers(what: str, values: Any, low: int, high: int) -> list[int]:
         raise LabError(f"Choose at least one number of {what}, got {str(values)[:60]!r}.")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise LabError(f"{what} must be whole numbers from {low} to {high}, got {str(value)[:40]!r}.")
+            raise LabError(f"{what} must be whole numbers from {low} to {high}, got {str(value)[:40]}.")
     return list(dict.fromkeys(values))
 
 

@@ -11,9 +11,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lab.bases import Base, resolve
+from lab.bases import BASES, Base, resolve
 from lab.errors import LabError
-from lab.methods import METHODS, Method
+from lab.methods import METHODS, Layer, Method
 from lab.registry import unknown
 from lab.targets import roles
 from lab.tasks import PlannedRun, Report, register
@@ -81,6 +81,8 @@ class Subject:
         roles(full["targets"])
         if full["budget"] is not None:
             full["methods"] = _fit_budget(base, full)
+        if base.id in BASES:  # others' shapes are known when they are loaded
+            _check_layers(base, full)
         return full
 
     def plan(self, spec: dict[str, Any]) -> list[PlannedRun]:
@@ -279,16 +281,27 @@ def _learning_rates(base: Base, methods: dict[str, Any], given: Any) -> dict[str
     return {id: _number(f"The learning rate of {id}", rate, 1e-8, 100) for id, rate in rates.items()}
 
 
+def _layers(base: Base, targets: str) -> list[Layer]:
+    from lab import architectures
+
+    return architectures.shapes(architectures.resolve(base.architecture).select(targets))
+
+
+def _check_layers(base: Base, spec: dict[str, Any]) -> None:
+    layers = _layers(base, spec["targets"])
+    for id, knobs in spec["methods"].items():
+        parsed = METHODS[id].knobs.parse(knobs)
+        for layer in layers:
+            METHODS[id].check(layer, parsed)
+
+
 def _fit_budget(base: Base, spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings with which every method trains about `budget` parameters on this base's layers."""
-    from lab.architectures import load, shapes
     from lab.budget import solve
 
-    layers = shapes(load(base.architecture).select(spec["targets"]))
+    layers, budget = _layers(base, spec["targets"]), spec["budget"]
     starts = {id: METHODS[id].knobs.parse(knobs) for id, knobs in spec["methods"].items()}
-    return {
-        id: dataclasses.asdict(solve(METHODS[id], layers, spec["budget"], start).knobs) for id, start in starts.items()
-    }
+    return {id: dataclasses.asdict(solve(METHODS[id], layers, budget, start).knobs) for id, start in starts.items()}
 
 
 register(Subject())
