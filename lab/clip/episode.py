@@ -23,8 +23,8 @@ class Batch:
     for the others; labels (b,)."""
 
     labels: torch.Tensor
-    pixels: torch.Tensor | None = None
-    features: torch.Tensor | None = None
+    pixels: Any = None  # tensors; which of the two is there depends on the method
+    features: Any = None
 
 
 @dataclass

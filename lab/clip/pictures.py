@@ -33,7 +33,7 @@ def prepare(image: Image.Image, clip: Clip) -> torch.Tensor:
         image = image.resize((size, size), how)
     else:
         ratio = size / min(image.size)
-        width, height = (max(size, round(side * ratio)) for side in image.size)
+        width, height = (max(size, int(side * ratio)) for side in image.size)
         left, top = round((width - size) / 2), round((height - size) / 2)
         image = image.resize((width, height), how).crop((left, top, left + size, top + size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 WRONG = 24  # most confidently wrong pictures that are kept
+CONFUSED = 30  # most frequent confusions that are kept
 FULL_MATRIX = 200  # classes up to which the whole confusion matrix is kept
 
 
@@ -19,10 +20,12 @@ def score(logits: torch.Tensor, labels: torch.Tensor, keys: list[str]) -> dict[s
     right = predicted == labels
     totals = torch.bincount(labels, minlength=count)
     hits = torch.bincount(labels[right], minlength=count)
-    pairs = torch.bincount(labels * count + predicted, minlength=count * count)
-    off = pairs.clone().view(count, count)
-    off.fill_diagonal_(0)
-    top = torch.topk(off.flatten(), min(30, count * count))
+    pairs = labels * count + predicted
+    mistaken, times = torch.unique(pairs[~right], return_counts=True)
+    frequent = torch.argsort(times, descending=True, stable=True)[:CONFUSED]
+    matrix = None
+    if count <= FULL_MATRIX:
+        matrix = torch.bincount(pairs, minlength=count * count).view(count, count).tolist()
     probabilities = logits.softmax(1)
     confidence = probabilities.gather(1, predicted[:, None]).squeeze(1)
     order = torch.argsort(confidence.masked_fill(right, -1.0), descending=True, stable=True)[:WRONG]
@@ -31,11 +34,10 @@ def score(logits: torch.Tensor, labels: torch.Tensor, keys: list[str]) -> dict[s
         "test_pictures": len(labels),
         "per_class": [h / t if t else None for h, t in zip(hits.tolist(), totals.tolist(), strict=True)],
         "per_class_count": totals.tolist(),
-        "confusion": pairs.view(count, count).tolist() if count <= FULL_MATRIX else None,
+        "confusion": matrix,
         "confused": [
-            {"truth": i // count, "predicted": i % count, "count": n}
-            for n, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-            if n
+            {"truth": pair // count, "predicted": pair % count, "count": n}
+            for pair, n in zip(mistaken[frequent].tolist(), times[frequent].tolist(), strict=True)
         ],
         "wrong": [
             {
