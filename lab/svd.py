@@ -88,7 +88,9 @@ def basis(weight: torch.Tensor, r: int, *, smallest: bool = False, cache: bool =
         return Basis(*(x.to(weight.device) for x in found))
     full = factorise(weight)
     part = slice(full.S.numel() - r, None) if smallest else slice(0, r)
-    cut = Basis(full.U[:, part].contiguous(), full.S[part].contiguous(), full.Vh[part].contiguous())
+    cut = Basis(  # copies: a view would keep all of it alive
+        *(x.clone(memory_format=torch.contiguous_format) for x in (full.U[:, part], full.S[part], full.Vh[part]))
+    )
     if cache:
         _write(path, cut)
     return cut
