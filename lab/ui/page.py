@@ -58,13 +58,13 @@ def application(home: Path | str | None = None) -> FastAPI:
     """The ASGI application over the lab's home folder."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     store = Store(home)
-    _own_cache(store.home)
+    private = [store.home, Path(__file__).resolve().parents[2]]
+    _own_cache(private)
     owners = owner.Owners(owner.secret(store.home))
     owner.use(owners)
     drafts.sweep(store.home)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(files.router(store))
-    # Inside the lab's home, and under Gradio's own folder, nothing may be served by Gradio's file route.
     demo = build(store)
     gr.mount_gradio_app(
         app,
@@ -75,7 +75,7 @@ def application(home: Path | str | None = None) -> FastAPI:
         head=theme.head(),
         favicon_path=str(Path(__file__).parent / "static" / "logo.svg"),
         allowed_paths=[],
-        blocked_paths=[str(store.home), str(Path(__file__).resolve().parents[2])],
+        blocked_paths=[str(folder) for folder in private],
         max_file_size=uploads_limit(),
         show_error=False,
         footer_links=[],
@@ -94,9 +94,15 @@ def application(home: Path | str | None = None) -> FastAPI:
     return app
 
 
-def _own_cache(home: Path) -> None:
-    """Give Gradio's copies of uploads a folder of this lab alone, outside its home, readable by its user only."""
-    if not os.environ.get("GRADIO_TEMP_DIR"):
+def _own_cache(private: list[Path]) -> None:
+    """Give Gradio's copies of uploads a folder of this lab alone, readable by its user only.
+
+    Raises LabError when GRADIO_TEMP_DIR lies where nothing may be served from.
+    """
+    given = os.environ.get("GRADIO_TEMP_DIR")
+    if given and any(Path(given).resolve().is_relative_to(folder) for folder in private):
+        raise LabError(f"GRADIO_TEMP_DIR is {given}, inside the lab's own folders: choose one outside of them.")
+    if not given:
         folder = Path(tempfile.gettempdir()) / f"nora-lab-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
         folder.mkdir(mode=0o700, exist_ok=True)
         os.environ["GRADIO_TEMP_DIR"] = str(folder)
