@@ -40,11 +40,13 @@ class Checkpoint:
         model: torch.nn.Module,
         method: Method,
         optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
         generator: torch.Generator,
         settings: dict[str, Any],
     ) -> None:
         self.path = folder / "state.safetensors"
-        self.model, self.method, self.optimizer, self.generator = model, method, optimizer, generator
+        self.model, self.method, self.optimizer, self.scaler = model, method, optimizer, scaler
+        self.generator = generator
         self.settings = settings | {"method": method.id}
 
     def save(self, step: int, position: int, seconds: float, peak_memory_bytes: int) -> None:
@@ -57,6 +59,7 @@ class Checkpoint:
         tensors |= {f"rng.{name}": state for name, state in self._rng().items()}
         progress = Progress(step, position, seconds, peak_memory_bytes)
         header = {"progress": vars(progress), "settings": self.settings, "optimizer": plain}
+        header["scaler"] = self.scaler.state_dict()  # empty unless training in fp16
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_atomic(self.path, save(whole, {"lab": json.dumps(header)}))
 
@@ -77,6 +80,7 @@ class Checkpoint:
         kept = {name.removeprefix("method."): t for name, t in tensors.items() if name.startswith("method.")}
         self.method.load_state(self.model, kept)
         self.optimizer.load_state_dict(_join(header["optimizer"], tensors))
+        self.scaler.load_state_dict(header["scaler"])
         self.generator.set_state(tensors["rng.loop"])
         torch.set_rng_state(tensors["rng.cpu"])
         if torch.cuda.is_available() and "rng.cuda" in tensors:

@@ -35,9 +35,10 @@ def pick() -> torch.device:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it (Ampere or newer; AVX512-BF16 or AMX processors), else fp32."""
+    """bf16 where the hardware multiplies it (Ampere or newer; AVX512-BF16 or AMX processors); on older GPUs fp16,
+    which the training loop scales its losses for; else fp32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
     return torch.float32

@@ -91,7 +91,8 @@ def train(
     optimizer = method.optimizer(model, settings.lr, settings.weight_decay)
     rates = [group["lr"] for group in optimizer.param_groups]  # a method may give its groups different rates
     generator = devices.generator(settings.seed, 1)
-    checkpoint = Checkpoint(folder / "checkpoint", model, method, optimizer, generator, asdict(settings))
+    scaler = torch.amp.GradScaler(device.type, enabled=devices.compute_dtype(device) == torch.float16)
+    checkpoint = Checkpoint(folder / "checkpoint", model, method, optimizer, scaler, generator, asdict(settings))
     memory = devices.PeakMemory(device).start()
 
     state = checkpoint.load()
@@ -110,10 +111,13 @@ def train(
             penalty = method.penalty(model)
         total = loss if penalty is None else loss + penalty
         value = _finite(total.item(), "loss", step, settings)
-        total.backward()
+        scaler.scale(total).backward()
+        scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable, settings.max_norm)
-        _finite(norm.item(), "gradient", step, settings)
-        optimizer.step()
+        if not scaler.is_enabled() or scaler.get_scale() < 1:  # in fp16, large scales overflow: the step is left out
+            _finite(norm.item(), "gradient", step, settings)
+        scaler.step(optimizer)
+        scaler.update()
         method.after_step(model, step, settings.steps)  # before the gradients go: rank allocation reads them
         optimizer.zero_grad(set_to_none=True)
 

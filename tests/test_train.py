@@ -207,3 +207,33 @@ def test_method_hooks_are_called_and_kept(tmp_path: Path) -> None:
     assert method.count.item() == STEPS
     train(network(), Toy(), ToyObjective(), settings(), tmp_path / "plain", silent)
     assert losses(tmp_path)[0][1] > losses(tmp_path / "plain")[0][1]
+
+
+def test_in_fp16_losses_are_scaled_and_an_overflowing_step_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What GPUs without bf16 do, on the CPU: the first scale (65,536) times a large loss overflows in fp16."""
+    monkeypatch.setattr(devices, "compute_dtype", lambda _: torch.float16)
+
+    class Large(ToyObjective):
+        def loss(self, model: nn.Module, generator: torch.Generator) -> torch.Tensor:
+            return super().loss(model, generator) * 20
+
+    def stop(step: int, steps: int, **_: Any) -> None:
+        if step == 5:
+            raise Cancelled
+
+    start = weights(network())
+    moved = network()
+    train(moved, Toy(), Large(), settings(steps=1), tmp_path / "one", silent)
+    assert all(torch.equal(a, b) for a, b in zip(start, weights(moved), strict=True))  # the first step overflowed
+    whole = network()
+    train(whole, Toy(), Large(), settings(), tmp_path / "whole", silent)
+    assert not any(torch.equal(a, b) for a, b in zip(start, weights(whole), strict=True))
+    assert all(torch.isfinite(w).all() for w in weights(whole))
+    cut = network()
+    with pytest.raises(Cancelled):
+        train(cut, Toy(), Large(), settings(), tmp_path / "cut", stop)
+    resumed = network()
+    train(resumed, Toy(), Large(), settings(), tmp_path / "cut", silent)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
