@@ -1,4 +1,7 @@
-"""`python -m lab.pretrain STAGE`: make the embedded base; every stage resumes where it stopped."""
+"""`python -m lab.pretrain STAGE`: make the embedded base; every stage resumes where it stopped.
+
+On a processor that others use too: `torchrun --nproc-per-node 2 -m lab.pretrain unet --threads 1`.
+"""
 from __future__ import annotations
 
 import argparse
@@ -33,7 +36,7 @@ def run(stage: str, into: Path, knobs: dict[str, int]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run."""
     from lab.errors import LabError
-    from lab.pretrain.common import ASSETS, home
+    from lab.pretrain.common import ASSETS, home, rank_and_workers
     parser = argparse.ArgumentParser(prog="python -m lab.pretrain", description=__doc__)
     parser.add_argument("stage", choices=(*STAGES, "all"))
     parser.add_argument("--steps", type=int, help="train up to this many steps in all")
@@ -45,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     import torch
     torch.set_num_threads(args.threads)
+    if rank_and_workers()[1] > 1:
+        torch.distributed.init_process_group("gloo")
     into = args.into or (ASSETS if args.assets else home() / "assembled")
     knobs = {key: value for key, value in (("steps", args.steps), ("batch", args.batch)) if value is not None}
     try:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lab.pretrain import clip, vae
+from lab.pretrain import clip, refit, vae
 from lab.pretrain.common import ASSETS, Trainer, autocast, device, generator, home, save_atomic
 from lab.pretrain.concepts import PLACES
 from lab.pretrain.scenes import captions, compose
@@ -166,6 +166,8 @@ def train(sprites: Sprites, steps: int = 3000, batch: int = 48, scenes: int = SC
     bank = Bank(sprites, encoder, vae.scaling_factor(encoder, sprites), scenes)
     model = build(bank.latents.shape[1], bank.latents.shape[-1], conditions.width, conditions.pooled_width, size)
     known = start_from_assets(model)
-    trainer = Trainer("unet", model, peak=6e-4, weight_decay=0.01, ema=0.998, from_assets=known)
+    if known and not (home() / "unet.pt").exists():  # the towers may have learned since
+        refit.refit(model, Conditions(clip.load_towers(ASSETS)), conditions)
+    trainer = Trainer("unet", model, peak=4e-4, weight_decay=0.01, ema=0.998, from_assets=known)
     trainer.run(steps, Step(sprites, bank, conditions, trainer.model, batch))
     return trainer
