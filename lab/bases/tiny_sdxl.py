@@ -1,7 +1,7 @@
 """The embedded base: SDXL's structure at 64 pixels, trained on captioned emoji scenes (`lab/pretrain`).
 
-Its presets come from a recorded sweep: `python -m lab bench subject_sweep` repeats it, `lab/bench/subject_sweep.csv`
-holds what it measured.
+Its presets come from a recorded sweep, which `python -m lab bench subject_sweep search` and `… presets` repeat: what was
+measured stands in `lab/bench/subject_search.csv` and `lab/bench/subject_presets.csv`, by weights.
 """
 
 from lab.bases import ASSETS, Base, register
@@ -32,8 +32,8 @@ register(
                     "a {subject} under the sea",
                 ],
             },
-            "learning_rates": {"lora": 2e-3, "nora": 5e-3},
-            "knobs": {"lora": {"r": 4}, "nora": {"r_outer": 64, "r_inner": 4}},
+            "learning_rates": {"lora": 1e-3, "nora": 5e-3},
+            "knobs": {"lora": {"r": 4}, "nora": {"r_outer": 0.5, "r_inner": 4}},
         },
         order=10,
     )
