@@ -15,6 +15,7 @@ from PIL import Image
 
 from lab.errors import LabError
 from lab.files import write_atomic, write_json
+from lab.images import read_folder
 from lab.tasks import TASKS, PlannedRun, Report
 
 
@@ -29,6 +30,8 @@ def start(out: Path, task_id: str, spec: dict[str, Any], pictures: Sequence[Imag
     if before.exists():
         if json.loads(before.read_text()) != json.loads(json.dumps(spec)):
             raise LabError(f"{out} holds a comparison with other settings: choose another folder, or remove it.")
+        if not _same(pictures, read_folder(out / "inputs")):
+            raise LabError(f"{out} holds a comparison of other pictures: choose another folder, or remove it.")
         return spec
     if out.exists() and any(out.iterdir()):
         raise LabError(f"{out} is not empty: choose another folder.")
@@ -37,6 +40,11 @@ def start(out: Path, task_id: str, spec: dict[str, Any], pictures: Sequence[Imag
         write_atomic(path, lambda aside, picture=picture: picture.convert("RGB").save(aside, format="PNG"))
     write_json(before, spec)  # last: a folder with a spec is whole
     return spec
+
+
+def _same(some: Sequence[Image.Image], others: Sequence[Image.Image]) -> bool:
+    pairs = zip(some, others, strict=True)
+    return len(some) == len(others) and all(a.convert("RGB").tobytes() == b.tobytes() for a, b in pairs)
 
 
 def run_all(out: Path, task_id: str, spec: dict[str, Any], report_for: Any) -> list[dict[str, Any]]:

@@ -340,6 +340,9 @@ def test_too_few_pictures_and_another_comparisons_folder_are_refused(small_sdxl:
     with pytest.raises(LabError, match="needs 3 to 20 pictures, got 1"):
         comparison.start(tmp_path, "subject", small.spec(), small.pictures(1))
     comparison.start(tmp_path, "subject", small.spec(), small.pictures())
+    comparison.start(tmp_path, "subject", small.spec(), small.pictures())  # the same again: goes on
+    with pytest.raises(LabError, match="other pictures"):
+        comparison.start(tmp_path, "subject", small.spec(), small.pictures()[::-1])
     with pytest.raises(LabError, match="other settings"):
         comparison.start(tmp_path, "subject", small.spec(steps=9), small.pictures())
 
