@@ -49,7 +49,7 @@ def classes(dataset: str) -> str:
         if p.label in shown and len(shown[p.label]) < THUMBS:
             shown[p.label].append(p.key)
     cards = "".join(
-        f'<div class="fs-class"><div class="fs-thumbs">'
+        '<div class="fs-class"><div class="fs-thumbs">'
         + "".join(f'<img src="{picture(dataset, key)}" alt="" loading="lazy">' for key in keys)
         + f"</div><b>{e(listing.classes[i])}</b><small>{counts[i][0]} to train, {counts[i][1]} to test</small></div>"
         for i, keys in shown.items()
@@ -113,7 +113,11 @@ def _row(row: Record, heads: Sequence[tuple[str, int]]) -> str:
 
 def per_class(record: Record, names: Sequence[str]) -> str:
     """Accuracy of each class, worst first."""
-    known = [(a, n, c) for a, n, c in zip(record["per_class"], names, record["per_class_count"], strict=True) if a is not None]
+    known = [
+        (a, n, c)
+        for a, n, c in zip(record["per_class"], names, record["per_class_count"], strict=True)
+        if a is not None
+    ]
     rows = "".join(
         f'<div class="fs-acc"><span>{e(name)}</span><span class="fs-bar"><i style="width:{100 * accuracy:.0f}%"></i></span>'
         f"<span>{accuracy:.0%} of {count}</span></div>"
@@ -138,7 +142,9 @@ def answers(given: Sequence[Record]) -> str:
     """The five likeliest classes of one picture by each method, side by side."""
     from lab.tasks.fewshot import name
 
-    cards = "".join(f'<div class="fs-card"><h4>{dot(a["method"])} {e(name(a["method"]))}</h4>{_top(a)}</div>' for a in given)
+    cards = "".join(
+        f'<div class="fs-card"><h4>{dot(a["method"])} {e(name(a["method"]))}</h4>{_top(a)}</div>' for a in given
+    )
     return f'<div class="lab fs"><div class="fs-cards">{cards}</div></div>'
 
 

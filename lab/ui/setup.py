@@ -92,7 +92,7 @@ def build() -> Setup:
 
 def _examples() -> str:
     cards = "".join(
-        f'<button type="button" class="example" data-do="example" data-id="{e(x.id)}"><span class="mosaic">'
+        f'<button type="button" class="example" data-do="example" data-id="{e(x.id)}" title="{e(x.licence)}"><span class="mosaic">'
         + "".join(
             f'<img src="files/examples/{e(x.id)}/{i}" alt="" loading="lazy">' for i in range(min(4, len(x.pictures)))
         )

@@ -12,7 +12,7 @@ from lab.jobs import ensure_worker
 from lab.runs import Store
 from lab.ui import Page, Tab, choices, comparison, settings, setup
 from lab.ui.drafts import Drafts, checked
-from lab.ui.html import sentences
+from lab.ui.html import e, sentences
 from lab.ui.owner import owner_of
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -85,12 +85,20 @@ def _wire_setup(page: Page, form: setup.Setup) -> None:
     def train(request: gr.Request, *values: Any) -> tuple[Any, str]:
         try:
             cid = setup.submit(store, owner_of(request), dict(zip(names, values, strict=True)))
-            ensure_worker(store.home)
         except LabError as problem:
             return gr.skip(), setup.notices([str(problem)])
+        wake(store)
         return cid, ""
 
     form.train.click(train, inputs, [page.opened, form.notice], **QUIET)
+
+
+def wake(store: Store) -> None:
+    """See that somebody works. What was submitted stays submitted if nobody can: the visitor is told why it waits."""
+    try:
+        ensure_worker(store.home)
+    except LabError as problem:
+        gr.Warning(e(problem), title="The queue waits")
 
 
 def counts(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -160,11 +168,11 @@ def _wire_panel(
             return [comparison.gone(problem), *[gr.skip()] * (size - 1), gr.Timer(active=False), {}]
         now = comparison.chosen(found, dict(zip(names, given, strict=True)))
         fresh, seen = comparison.updates(comparison.contents(store, owner, found, now), seen or {})
-        return [*fresh, gr.skip() if comparison.unfinished(found) else gr.Timer(active=False), seen]
+        return [*fresh, gr.Timer(active=comparison.unfinished(found)), seen]
 
     def act(request: gr.Request, cid: str | None, event: gr.EventData) -> Any:
         comparison.act(store, owner_of(request), cid or "", event._data or {})
-        ensure_worker(store.home)
+        wake(store)
         return gr.Timer(active=True)
 
     def land(request: gr.Request) -> str | None:
@@ -183,6 +191,8 @@ def _wire_panel(
     ).then(None, shown_id, None, js=address)
     timer.tick(**again)
     gr.on([c.input for c in pick.all()], **again)
+    if page.tab is not None:  # a run may have been retried in the Runs tab meanwhile
+        page.tab.select(**again)
     for buttons in (panel.head, panel.queue):
         buttons.click(sentences(act), page.opened, timer, **QUIET).then(**again)
     back.click(lambda: None, None, page.opened, **QUIET)
