@@ -47,6 +47,7 @@ def check(**changes: Any) -> dict[str, Any]:
         ({"crops": [[0, 0]]}, "A crop is"),
         ({"crops": [[0, 0, 4]]}, "crop size must be between 16"),
         ({"base": "tiny-sdxk"}, "Unknown base model 'tiny-sdxk': did you mean tiny-sdxl"),
+        ({"base": "tiny-clip"}, "makes no pictures"),
         ({"base": "weights.ckpt"}, "pickled checkpoint"),
         ({"methods": {"lara": {}}}, "Unknown method 'lara'"),
         ({"methods": {}}, "No method was chosen"),

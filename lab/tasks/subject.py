@@ -72,6 +72,8 @@ class Subject:
                 raise unknown("setting", name, list(DEFAULTS))
         given = {name: value for name, value in spec.items() if value is not None}
         base = resolve(_text("base", given.get("base", DEFAULTS["base"]), 500))
+        if base.family != "sdxl":
+            raise LabError(f"{base.name} makes no pictures: choose a Stable Diffusion XL base.")
         full = DEFAULTS | base.preset(self.id) | given
         full |= {"base": base.id, "targets": full["targets"] or base.targets}
         _check_words(full)
