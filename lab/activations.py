@@ -7,9 +7,8 @@ is counted as it is made and freed.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +29,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
                 self.add(leaf)
         return out
 
@@ -85,7 +84,7 @@ def trace(
             counter.add(tensor)
         weights = counter.now
         with counter:
-            _loss(model(**inputs(model))).backward()
+            mean_square(model(**inputs(model))).backward()
         found.peak = counter.peak - weights
         for hook in hooks:
             hook.remove()
@@ -134,26 +133,18 @@ def _look(
 
     hooks = [m.register_forward_hook(note(n), with_kwargs=True) for n, m in modules.items()]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        alive.append(_loss(model(**given)))
+        alive.append(mean_square(model(**given)))
     for hook in hooks:
         hook.remove()
     numbers = {storage: i for i, storage in enumerate(dict.fromkeys(s for _, s in seen.values()))}
     return sum(kept.values()), {name: (t, numbers[s], s in kept) for name, (t, s) in seen.items()}
 
 
-def _loss(out: Any) -> torch.Tensor:
-    """A scalar from whatever the model returns: its own loss, or the mean square of its first tensors."""
+def mean_square(out: Any) -> torch.Tensor:
+    """A scalar from whatever the model returns: its own loss, or the mean square of its first tensor."""
     if getattr(out, "loss", None) is not None:
         return out.loss
     if hasattr(out, "logits_per_image"):
         return out.logits_per_image.float().pow(2).mean()
     values = tuple(out.values()) if hasattr(out, "keys") else out
     return next(t for t in tree_leaves(values) if torch.is_tensor(t)).float().pow(2).mean()
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[Allocations]:
-    """Count what real tensors take, from an empty start: `with counted() as c: …; c.peak`."""
-    counter = Allocations()
-    with counter:
-        yield counter

@@ -10,10 +10,12 @@ No gradient checkpointing; attention is one that keeps no square of tokens, as t
 
 from __future__ import annotations
 
+import csv
 import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lab import budget
@@ -24,6 +26,10 @@ from lab.methods.spec import Layer, Method
 BYTES = {"fp32": 4.0, "bf16": 2.0, "8 bit": 1.0, "4 bit": 0.5}  # of the frozen model's weights
 TRAINED = 4  # bytes of a trained number, and of its gradient and each of Adam's moments
 MAX_BATCH = 4096
+# What a method keeps in one m×n layer that T positions pass: T, T·m, T·n, m·n, n², m² times these (measured by
+# `python -m lab bench budget_memory --fit`).
+PROFILES = Path(__file__).resolve().parent / "bench" / "budget_memory.csv"
+TERMS = ("T", "Tm", "Tn", "mn", "nn", "mm")
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def estimate(
     compute = 4 if precision == "fp32" else 2
     total = budget.count(method, [row.layer for row in rows], knobs) if trained is None else trained
     kept, temporary = _model(arch, rows, size)
-    grown = _grown(arch, size)
+    a_sample, always = _adapters(rows, method, knobs, compute, _grown(arch, size))
     return Estimate(
         weights=math.ceil(arch.parameters * BYTES[precision]),
         trained=TRAINED * total,
@@ -84,7 +90,7 @@ def estimate(
         optimizer=2 * TRAINED * total,
         frozen=frozen(method, [row.layer for row in rows], knobs),
         kept=round(batch * kept * compute / 4),
-        adapter=round(batch * _adapters(rows, method, knobs, compute, grown)) + dense(method, rows, knobs),
+        adapter=round(batch * a_sample + always),
         temporary=round(batch * temporary * compute / 4),
     )
 
@@ -107,22 +113,53 @@ def _model(arch: Architecture, rows: Sequence[Row], size: float) -> tuple[float,
     return max(0.0, kept), max(0.0, peak - kept)
 
 
-def _adapters(rows: Sequence[Row], method: Method, knobs: Any, compute: int, grown: float) -> float:
-    """Bytes that the adapters keep for one sample: their inputs, where the model does not keep them anyway (layers
-    that read one tensor share it; beside a model in half precision each has its own float32 copy), and the
-    low-rank product that the second factor reads."""
-    total = 0.0
+@functools.cache
+def profiles() -> dict[str, dict[str, float]]:
+    """The measured constants by method."""
+    if not PROFILES.is_file():
+        return {}
+    with PROFILES.open(encoding="utf-8", newline="") as file:
+        return {row["method"]: {term: float(row[term]) for term in TERMS} for row in csv.DictReader(file)}
+
+
+def profile(method: Method, knobs: Any) -> dict[str, float]:
+    """The method's constants at these settings. What it keeps a position is the rank where the update is of low
+    rank, and grows with the knob `r` elsewhere; a method that was never measured is taken to keep its product, or an
+    update of the weight's size."""
+    measured = profiles().get(method.id)
+    if method.low_rank:
+        return {**dict.fromkeys(TERMS, 0.0), **(measured or {}), "T": -1.0}
+    if measured is None:
+        return {**dict.fromkeys(TERMS, 0.0), "mn": 1.0}
+    rank, default = getattr(knobs, "r", None), getattr(method.knobs(), "r", None)
+    if isinstance(rank, int) and isinstance(default, int) and default > 0:
+        return {**measured, "T": measured["T"] * rank / default}
+    return measured
+
+
+def _adapters(rows: Sequence[Row], method: Method, knobs: Any, compute: int, grown: float) -> tuple[float, float]:
+    """Bytes that the adapters keep: (a sample, whatever the batch).
+
+    Their inputs, where the model does not keep them anyway (layers that read one tensor share it; beside a model in
+    half precision each has its own float32 copy), and what `profile` says.
+    """
+    a_sample = always = 0.0
     seen: set[int] = set()
+    p = profile(method, knobs)
+    ranks = {layer: _rank(method, layer, knobs) for layer, _ in budget._shapes([row.layer for row in rows])}
+    by_shape = {(x.out, x.in_, x.kernel, x.role, x.bias): rank for x, rank in ranks.items()}
     for row in rows:
+        x = row.layer
         tokens = row.tokens * (grown if row.grows else 1.0)
         if compute != TRAINED:
-            total += tokens * row.layer.n * TRAINED
+            a_sample += tokens * x.n
         elif not row.kept and (row.input < 0 or row.input not in seen):
             seen.add(row.input)
-            total += tokens * row.layer.in_ * TRAINED
-        if method.low_rank:
-            total += tokens * _rank(method, row.layer, knobs) * TRAINED
-    return total
+            a_sample += tokens * x.in_
+        thin = by_shape[(x.out, x.in_, x.kernel, x.role, x.bias)] if p["T"] < 0 else p["T"]
+        a_sample += tokens * (thin + p["Tm"] * x.m + p["Tn"] * x.n)
+        always += p["mn"] * x.m * x.n + p["nn"] * x.n * x.n + p["mm"] * x.m * x.m
+    return TRAINED * a_sample, TRAINED * always
 
 
 def _rank(method: Method, layer: Layer, knobs: Any) -> int:
@@ -130,16 +167,6 @@ def _rank(method: Method, layer: Layer, knobs: Any) -> int:
         return method.rank(layer, knobs)
     except (NotImplementedError, AttributeError, TypeError):
         return 0
-
-
-def dense(method: Method, rows: Sequence[Row], knobs: Any) -> int:
-    """Bytes kept, whatever the batch, by methods that form an update of the weight's size in every step."""
-    own = getattr(method, "kept_bytes", None)
-    if own is not None:
-        return sum(int(own(row.layer, knobs)) for row in rows)
-    if method.low_rank:
-        return 0
-    return TRAINED * sum(row.layer.m * row.layer.n for row in rows)
 
 
 def frozen(method: Method, layers: Sequence[Layer], knobs: Any) -> int:
