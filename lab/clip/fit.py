@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from lab.clip.episode import Batch, Episode, Head
 from lab.clip.method import ClipMethod, Recipe
 from lab.clip.pictures import EVAL_BATCH, Examples, TestSet, normalise
 from lab.files import write_atomic
+from lab.methods import Method
 from lab.tasks import Report
 from lab.train import Settings, train
 
@@ -177,7 +178,9 @@ def fit(
         def told(step: int, steps: int, before: int = done, **values: Any) -> None:
             report(before + step, total, **values)
 
-        summary = train(head, watched, Objective(method, episode, recipe.batch), settings, inside, told, watch)
+        summary = train(
+            head, cast(Method, watched), Objective(method, episode, recipe.batch), settings, inside, told, watch
+        )
         restore(method, head, watch.state)
         done, seconds = done + length, seconds + summary.train_seconds
         peak = max(peak, summary.peak_memory_bytes)

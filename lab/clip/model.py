@@ -4,6 +4,7 @@ preprocessing and tokenizer."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Clip:
     otherwise the shorter side is fitted and the middle is cut out. tokenize: texts → ids (n, length); None: no text.
     """
 
-    model: nn.Module
+    model: Any  # nn.Module; what lies in it differs from model to model
     name: str
     size: int
     mean: tuple[float, ...]
@@ -53,7 +54,7 @@ class Clip:
 
     def copy(self) -> Clip:
         """The same with weights of its own, for methods that change them."""
-        return Clip(**{**vars(self), "model": copy.deepcopy(self.model)})
+        return dataclasses.replace(self, model=copy.deepcopy(self.model))
 
 
 def load(base: Base, device: torch.device | None = None) -> Clip:
@@ -126,6 +127,7 @@ def _created(open_clip: Any, name: str, weights: str) -> nn.Module:
 def _timm(source: str) -> Clip:
     """`name` (its default weights), `name:random`, or `name:file.safetensors`."""
     import timm
+    import timm.data
 
     name, _, weights = source.partition(":")
     if not timm.is_model(name.split(".")[0]):

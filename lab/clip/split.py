@@ -6,6 +6,8 @@ open_clip holds q, k and v in one parameter (`nn.MultiheadAttention.in_proj_weig
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -61,8 +63,9 @@ class SplitAttention(nn.Module):
         mask = _additive(attn_mask, q.dtype)
         if mask is not None and mask.dim() == 3:  # (b · heads, t, s)
             mask = mask.unflatten(0, (-1, self.num_heads))
-        if key_padding_mask is not None:
-            padding = _additive(key_padding_mask, q.dtype)[:, None, None, :]
+        padding = _additive(key_padding_mask, q.dtype)
+        if padding is not None:
+            padding = padding[:, None, None, :]
             mask = padding if mask is None else mask + padding
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
         x = self.out_proj(x.transpose(1, 2).flatten(2))
@@ -79,7 +82,7 @@ def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
 class SplitOwnAttention(nn.Module):
     """open_clip's own `Attention` (norms on q and k, scaled heads) with separate projections."""
 
-    def __init__(self, fused: nn.Module) -> None:
+    def __init__(self, fused: Any) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = _thirds(fused.in_proj_weight, fused.in_proj_bias)
         self.out_proj = _linear(fused.out_proj.weight, fused.out_proj.bias)

@@ -84,12 +84,17 @@ def prompt_features(
     return _project(tower, x[torch.arange(len(x), device=x.device), ends])
 
 
+def tokens(clip: Clip, texts: Sequence[str]) -> torch.Tensor:
+    """Texts → ids (c, t) on the model's device. Raises LabError for a model without a text tower."""
+    if clip.tokenize is None:
+        raise LabError(f"{clip.name} has no text tower: choose a CLIP model, or a method that needs pictures only.")
+    return clip.tokenize(list(texts)).to(clip.device)
+
+
 def text_features(clip: Clip, texts: Sequence[str] | torch.Tensor, chunk: int = 512) -> torch.Tensor:
     """Texts (or ids (c, t)) → (c, e), not normalised. Padding behind the longest text is cut off: attention is causal,
     so what comes after the end token changes nothing, and short texts cost a fraction."""
-    if clip.tokenize is None:
-        raise LabError(f"{clip.name} has no text tower: choose a CLIP model, or a method that needs pictures only.")
-    ids = texts if isinstance(texts, torch.Tensor) else clip.tokenize(list(texts)).to(clip.device)
+    ids = texts if isinstance(texts, torch.Tensor) else tokens(clip, texts)
     try:
         tower = text_tower(clip)
         ends = _ends(tower, ids)
@@ -129,7 +134,7 @@ class Prompted:
 def prompted(clip: Clip, names: Sequence[str], length: int) -> Prompted:
     """The class names' embeddings, with room for `length` context tokens. Raises LabError when a name is too long."""
     tower = text_tower(clip)
-    ids = clip.tokenize([f"{name.replace('_', ' ')}." for name in names]).to(clip.device)
+    ids = tokens(clip, [f"{name.replace('_', ' ')}." for name in names])
     ends = _ends(tower, ids)
     ids = ids[:, : int(ends.max()) + 1]
     room = len(tower.positional_embedding)
@@ -147,7 +152,7 @@ def prompted(clip: Clip, names: Sequence[str], length: int) -> Prompted:
 def word_embeddings(clip: Clip, words: str, length: int) -> torch.Tensor | None:
     """The first `length` token embeddings (length, d) of these words, or None if there are fewer."""
     tower = text_tower(clip)
-    ids = clip.tokenize([words]).to(clip.device)
+    ids = tokens(clip, [words])
     if int(_ends(tower, ids)[0]) - 1 < length:
         return None
     with torch.no_grad():

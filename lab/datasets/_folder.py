@@ -10,7 +10,7 @@ from __future__ import annotations
 import stat
 import unicodedata
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -57,7 +57,7 @@ def _read(file: IO[bytes], limit: int) -> bytes:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Source]:
+def opened(path: Path) -> Generator[Source, None, None]:
     """The files of a folder or zip. Raises LabError for anything else, and for archives that are not what they say."""
     if path.is_dir():
         yield _folder(path)

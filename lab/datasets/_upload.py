@@ -89,9 +89,9 @@ def _decode(source: Source, places: list[tuple[Split, int]], folder: Path) -> tu
             damaged.append(str(member.path))
             continue
         content = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
-        plain = max(image.size) <= LOSSLESS
-        file = f"{len(kept):06d}.{'png' if plain else 'jpg'}"
-        image.save(folder / file, **({"compress_level": 3} if plain else {"quality": 95}))
+        small = max(image.size) <= LOSSLESS
+        file = f"{len(kept):06d}.{'png' if small else 'jpg'}"
+        image.save(folder / file, quality=95, compress_level=3)  # each format takes its own and leaves the other
         kept.append({"file": file, "class": label, "split": split, "digest": content})
     return kept, damaged
 

@@ -36,7 +36,8 @@ def classes(dataset: str) -> str:
     """What is in a dataset: totals, notes, and for each class some pictures and how many there are."""
     row, listing = datasets.resolve(dataset, local=False), _listing(dataset)
     counts = listing.counts()
-    most = protocol.most_shots([p.label for p in listing.train], listing.validation, len(listing.classes))
+    labels, held = ([p.label for p in part] for part in (listing.train, listing.validation))
+    most = protocol.most_shots(labels, held, len(listing.classes))
     facts = [
         f"{len(listing.classes):,} classes",
         f"{len(listing.train) + len(listing.validation):,} pictures to train and validate on",
