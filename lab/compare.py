@@ -126,12 +126,12 @@ def sample_path(folder: str | Path, prompt: int, sample_seed: int) -> Path:
 
 
 def grid(
-    folder: Path | str, spec: dict[str, Any], runs: Sequence[Run], *, seed: int | None = None, side: int = 192
+    folder: Path | str, spec: dict[str, Any], runs: Sequence[Run], *, seed: int | None = None, side: int = 0
 ) -> Image.Image:
-    """Rows: prompts. Columns: the subject's pictures in the title row's place, the base, then each method.
+    """Rows: prompts. Columns: the base, then each method. Above them, the subject's own pictures.
 
     Each cell shows the sample seeds side by side, of the run with training seed `seed` (default: each method's first
-    finished one).
+    finished one). `side` is that of a picture, in pixels (default: 192 for small pictures, 384 for large ones).
     """
     done = finished(runs)
     chosen = [
@@ -144,6 +144,7 @@ def grid(
         [[_open(sample_path(run["folder"], p, s)) for s in spec["sample_seeds"]] for run in chosen]
         for p in range(len(rows))
     ]
+    side = side or (192 if cells[0][0][0].width <= 256 else 384)
     by_method = {row["method"]: row for row in table(runs)}
     sheet = images.grid(
         cells,

@@ -57,8 +57,9 @@ def _facts(spec: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _img(picture: Image.Image, alt: str, side: int) -> str:
+def _img(picture: Image.Image, alt: str) -> str:
     """An inline picture; small ones keep their own pixels and are enlarged by the browser, sharply."""
+    side = 128 if max(picture.size) <= 256 else 240
     shown = picture if max(picture.size) <= 512 else images.enlarged(picture, 512)
     out = io.BytesIO()
     shown.save(out, format="PNG", optimize=True)
@@ -72,7 +73,7 @@ def _subject(folder: Path, spec: dict[str, Any]) -> str:
     crops = spec.get("crops") or [None] * len(pictures)
     captions = spec.get("captions") or [""] * len(pictures)
     return "".join(
-        f"<figure>{_img(images.cropped(p, crop, 128, i), caption or spec['class_word'], 128)}"
+        f"<figure>{_img(images.cropped(p, crop, 128, i), caption or spec['class_word'])}"
         f"<figcaption>{e(caption)}</figcaption></figure>"
         for i, (p, crop, caption) in enumerate(zip(pictures, crops, captions, strict=True))
     )
@@ -88,7 +89,7 @@ def _grid(spec: dict[str, Any], done: Sequence[Run]) -> str:
             strips = []
             for run in (r for r in done if r["method"] == method):
                 pictures = [
-                    _img(compare._open(compare.sample_path(run["folder"], p, s)), f"{method}, {prompt}, seed {s}", 128)
+                    _img(compare._open(compare.sample_path(run["folder"], p, s)), f"{method}, {prompt}, seed {s}")
                     for s in spec["sample_seeds"]
                 ]
                 strips.append(f'<div class="cell">{"".join(pictures)}</div>')
