@@ -10,7 +10,7 @@ import gradio as gr
 from lab.errors import LabError
 from lab.jobs import ensure_worker
 from lab.runs import STATES, Comparison, Run, Store
-from lab.ui import Page, Tab
+from lab.ui import Page, Tab, discover
 from lab.ui import rendering as render
 from lab.ui.html import dot, e, empty, pill, sentences, size, view
 from lab.ui.owner import owner_of
@@ -21,7 +21,7 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 def build(page: Page) -> None:
-    store = page.store
+    store, tabs = page.store, {tab.id for tab in discover()}
     shown_log = gr.State(None)  # id of the run whose log is open
     timer = gr.Timer(TICK_S, active=False)
     with gr.Row(equal_height=True):
@@ -41,8 +41,8 @@ def build(page: Page) -> None:
         said = event._data or {}
         verb, id = said.get("do"), str(said.get("id") or "")
         if verb == "open":
-            store.comparison(owner_of(request), id)
-            return id, gr.Tabs(selected="subject"), log
+            task = store.comparison(owner_of(request), id).task
+            return id, gr.Tabs(selected=task if task in tabs else "subject"), log
         if verb == "log":
             return gr.skip(), gr.skip(), None if log == id else id
         act(store, owner_of(request), verb, id)

@@ -144,11 +144,14 @@ def _wire_panel(
     def show(request: gr.Request, cid: str | None) -> list[Any]:
         """Everything, for a comparison that was just opened (or closed)."""
         sides = [gr.Column(visible=not cid), gr.Column(visible=bool(cid))]
+        closed = [*[gr.skip()] * (size + picks), gr.Timer(active=False), "", {}]
         if not cid:
-            return [*sides, *[gr.skip()] * (size + picks), gr.Timer(active=False), "", {}]
+            return [*sides, *closed]
         owner = owner_of(request)
         try:
             found = store.comparison(owner, cid)
+            if found.task != "subject":  # another tab's
+                return [gr.Column(visible=True), gr.Column(visible=False), *closed]
         except LabError as problem:
             empty = [comparison.gone(problem), "", "", None, "", gr.Column(visible=False), *[gr.skip()] * (size - 6)]
             return [*sides, *empty, *[gr.skip()] * picks, gr.Timer(active=False), "", {}]
@@ -166,6 +169,8 @@ def _wire_panel(
             found = store.comparison(owner, cid)
         except LabError as problem:
             return [comparison.gone(problem), *[gr.skip()] * (size - 1), gr.Timer(active=False), {}]
+        if found.task != "subject":
+            return [*[gr.skip()] * size, gr.Timer(active=False), seen]
         now = comparison.chosen(found, dict(zip(names, given, strict=True)))
         fresh, seen = comparison.updates(comparison.contents(store, owner, found, now), seen or {})
         return [*fresh, gr.Timer(active=comparison.unfinished(found)), seen]
