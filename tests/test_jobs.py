@@ -246,6 +246,8 @@ def test_each_bad_end_is_one_sentence_and_the_queue_goes_on(store: Store, home: 
         assert (run.state, run.attempt) == ("failed", 3 if do in CRASHES else 1), do
         assert run.message.startswith(sentence), (do, run.message)
         assert "\n" not in run.message
+        if do not in CRASHES | {"exit": 0, "limit": 0}:
+            assert run.step == 3, do  # where it ended, not where it was last seen
         assert str(home) not in run.message + store.log_tail(ME, run.id)
         assert json.loads((run.folder / "checkpoint.json").read_text())[0] >= 2  # nothing saved is lost
     assert "misbehave" in store.log_tail(ME, by_method["segfault"].id)  # the stack

@@ -115,6 +115,7 @@ def main(arguments: list[str]) -> int:
         code, message = explain(error, folder)
     else:
         code, message = DONE, ""
+    progress.beat()  # where it ended
     return _tell(folder, orders["token"], code, message)
 
 
