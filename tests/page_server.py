@@ -17,6 +17,7 @@ import uvicorn
 from PIL import Image
 
 from lab.runs import Run, Store
+from lab.ui import settings
 from lab.ui.owner import COOKIE, Owners, secret
 from lab.ui.page import application
 
@@ -94,3 +95,14 @@ def finish(run: Run, store: Store) -> None:
     (run.folder / "result.json").write_text(json.dumps(result))
     sql = "UPDATE runs SET state = 'done', step = 3, steps = 3, attempt = 1, started = ?, finished = ? WHERE id = ?"
     store._table.write(sql, time.time() - 3, time.time(), run.id)
+
+
+def form(**given: Any) -> dict[str, Any]:
+    """What the browser sends on Train, with some of it replaced."""
+    words = {"pictures": [PICTURE | {"id": f"{i:024x}"} for i in range(3)], "class_word": "fox", "trigger": "sks"}
+    picker = {"picker": {"chosen": ["lora", "nora"], "knobs": {}}}
+    return words | picker | settings.shown(settings.DEFAULT_BASE) | given
+
+
+def ticked(*chosen: str, **knobs: dict[str, Any]) -> dict[str, Any]:
+    return {"chosen": list(chosen), "knobs": knobs}

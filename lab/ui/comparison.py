@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import gradio as gr
@@ -16,6 +16,7 @@ from lab.runs import Comparison, Store
 from lab.ui import rendering as render
 from lab.ui.html import e, error, view
 
+TASK = "subject"
 TICK_S = 1.5
 CURVE_POINTS = 240
 
@@ -223,6 +224,47 @@ def act(store: Store, owner: str, comparison_id: str, event: dict[str, Any]) -> 
         raise LabError("There is no such action.")
 
 
-def gone(problem: LabError) -> str:
-    """In place of a comparison that is not there for this owner."""
-    return f'<div class="lab">{error(str(problem))}</div>'
+def _gone(problem: LabError) -> list[Any]:
+    """The panel in place of a comparison that is not there for this owner."""
+    head = f'<div class="lab">{error(str(problem))}</div>'
+    empty = {
+        "head": head,
+        "queue": "",
+        "failures": "",
+        "loss": None,
+        "previews": "",
+        "results": gr.Column(visible=False),
+    }
+    return [empty.get(field.name, gr.skip()) for field in fields(Panel)]
+
+
+def opened(store: Store, owner: str, cid: str | None) -> list[Any]:
+    """Everything, for a comparison that was just opened, or closed (None): visibility of setup and panel, the
+    panel's parts, the choosers, the timer, the id for the address bar, the marks of what is shown."""
+    nothing = [gr.skip()] * len(fields(Choosers))
+    found, panel = None, [gr.skip()] * len(fields(Panel))
+    try:
+        found = store.comparison(owner, cid) if cid else None
+    except LabError as problem:
+        panel = _gone(problem)
+    if found is None or found.task != TASK:  # closed, not there, or another tab's
+        inside = bool(cid) and found is None
+        sides = [gr.Column(visible=not inside), gr.Column(visible=inside)]
+        return [*sides, *panel, *nothing, gr.Timer(active=False), "", {}]
+    pick = chosen(found, {})
+    fresh, marks = updates(contents(store, owner, found, pick), {})
+    active = gr.Timer(active=unfinished(found))
+    return [gr.Column(visible=False), gr.Column(visible=True), *fresh, *choosers(found, pick), active, found.id, marks]
+
+
+def refreshed(store: Store, owner: str, cid: str | None, marks: dict[str, int], picked: dict[str, Any]) -> list[Any]:
+    """What changed since `marks`: the panel's parts, the timer, the new marks."""
+    unchanged = [gr.skip()] * len(fields(Panel))
+    try:
+        found = store.comparison(owner, cid) if cid else None
+    except LabError as problem:
+        return [*_gone(problem), gr.Timer(active=False), {}]
+    if found is None or found.task != TASK:
+        return [*unchanged, gr.Timer(active=False), marks]
+    fresh, marks = updates(contents(store, owner, found, chosen(found, picked)), marks)
+    return [*fresh, gr.Timer(active=unfinished(found)), marks]

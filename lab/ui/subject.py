@@ -28,7 +28,7 @@ def build(page: Page) -> None:
         back = gr.Button("← New comparison", size="sm", elem_id="back", scale=0, min_width=160)
         panel, pick = comparison.build()
     _wire_setup(page, form)
-    _wire_panel(page, form, (before, after), (back, timer, shown_id, marks), panel, pick)
+    _wire_panel(page, (before, after), (back, timer, shown_id, marks), panel, pick)
 
 
 # -- before training -------------------------------------------------------------------------------------
@@ -90,7 +90,10 @@ def _wire_setup(page: Page, form: setup.Setup) -> None:
         wake(store)
         return cid, ""
 
-    form.train.click(train, inputs, [page.opened, form.notice], **QUIET)
+    # The button says that it works, and cannot be pressed twice, until the queue or a sentence is shown.
+    form.train.click(lambda: gr.Button("Checking…", interactive=False), None, form.train, queue=False, **QUIET).then(
+        train, inputs, [page.opened, form.notice], **QUIET
+    ).then(lambda: gr.Button("Train", interactive=True), None, form.train, queue=False, **QUIET)
 
 
 def wake(store: Store) -> None:
@@ -131,49 +134,20 @@ def remember(store: Store, owner: str, values: dict[str, Any]) -> None:
 # -- from Train on ---------------------------------------------------------------------------------------
 def _wire_panel(
     page: Page,
-    form: setup.Setup,
     columns: tuple[gr.Column, gr.Column],
     parts: tuple[gr.Button, gr.Timer, gr.Textbox, gr.State],
     panel: comparison.Panel,
     pick: comparison.Choosers,
 ) -> None:
     store, (back, timer, shown_id, marks) = page.store, parts
-    views, names = panel.all(), list(vars(pick))
-    size, picks = len(views), len(names)
+    views = panel.all()
 
     def show(request: gr.Request, cid: str | None) -> list[Any]:
-        """Everything, for a comparison that was just opened (or closed)."""
-        sides = [gr.Column(visible=not cid), gr.Column(visible=bool(cid))]
-        closed = [*[gr.skip()] * (size + picks), gr.Timer(active=False), "", {}]
-        if not cid:
-            return [*sides, *closed]
-        owner = owner_of(request)
-        try:
-            found = store.comparison(owner, cid)
-            if found.task != "subject":  # another tab's
-                return [gr.Column(visible=True), gr.Column(visible=False), *closed]
-        except LabError as problem:
-            empty = [comparison.gone(problem), "", "", None, "", gr.Column(visible=False), *[gr.skip()] * (size - 6)]
-            return [*sides, *empty, *[gr.skip()] * picks, gr.Timer(active=False), "", {}]
-        now = comparison.chosen(found, {})
-        fresh, seen = comparison.updates(comparison.contents(store, owner, found, now), {})
-        active = gr.Timer(active=comparison.unfinished(found))
-        return [*sides, *fresh, *comparison.choosers(found, now), active, cid, seen]
+        return comparison.opened(store, owner_of(request) if cid else "", cid)
 
     def refresh(request: gr.Request, cid: str | None, seen: dict[str, int], *given: Any) -> list[Any]:
-        """What changed since the last time."""
-        if not cid:
-            return [*[gr.skip()] * size, gr.Timer(active=False), seen]
-        owner = owner_of(request)
-        try:
-            found = store.comparison(owner, cid)
-        except LabError as problem:
-            return [comparison.gone(problem), *[gr.skip()] * (size - 1), gr.Timer(active=False), {}]
-        if found.task != "subject":
-            return [*[gr.skip()] * size, gr.Timer(active=False), seen]
-        now = comparison.chosen(found, dict(zip(names, given, strict=True)))
-        fresh, seen = comparison.updates(comparison.contents(store, owner, found, now), seen or {})
-        return [*fresh, gr.Timer(active=comparison.unfinished(found)), seen]
+        picked = dict(zip(vars(pick), given, strict=True))
+        return comparison.refreshed(store, owner_of(request) if cid else "", cid, seen or {}, picked)
 
     def act(request: gr.Request, cid: str | None, event: gr.EventData) -> Any:
         comparison.act(store, owner_of(request), cid or "", event._data or {})
