@@ -284,6 +284,33 @@ def test_fast_factorisation_is_as_accurate_as_svd(m, n, kind):
     assert rest <= best * (1 + 1e-5) + 1e-6
 
 
+@pytest.mark.parametrize(("m", "n"), [(300, 300), (256, 400), (400, 256)])
+def test_leading_triplets_without_the_rest(m, n):
+    W, r = spectra(m, n, "decaying"), 24
+    exact, fast, plain = svd.exact(W), svd.leading(W, r), torch.linalg.svd(W, full_matrices=False)
+    assert fast is not None
+    torch.testing.assert_close(fast.S, exact.S[:r], rtol=1e-5, atol=1e-7)
+
+    def off(U):
+        Q = exact.U[:, :r].double()
+        return torch.linalg.matrix_norm(U.double() - Q @ (Q.T @ U.double()), ord=2)
+
+    assert off(fast.U) < max(2 * off(plain[0][:, :r]), 5e-6)
+    flat = torch.linalg.qr(torch.randn(300, 300, generator=torch.Generator().manual_seed(0)))[0]
+    assert torch.equal(svd.cut(W, r).U, fast.U)
+    assert svd.cut(flat, r).S.allclose(torch.ones(r), atol=1e-5)  # no gap anywhere: the full way takes over
+
+
+def test_many_at_once_are_the_same_ones():
+    weights = [spectra(40 + i, 30, "decaying") for i in range(5)]
+    alone = [svd.basis(W, 7, cache=False) for W in weights]
+    torch.set_num_threads(2)
+    together = svd.bases(weights, [7] * 5, cache=False)
+    assert torch.get_num_threads() == 2
+    for a, b in zip(alone, together, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def test_basis_is_cached_and_a_broken_cache_is_no_error(monkeypatch):
     W = spectra(30, 20, "decaying")
     first = svd.basis(W, 6)

@@ -164,32 +164,39 @@ class OwnModel(BaseTuner):
             check_finite(layer.name, base)
         shared = self._share(adapter_name, layers, knobs, config, next(iter(targets.values())))
         self._plan: dict[str, tuple[Tensors, dict[str, nn.ParameterDict]]] = {}
-        for layer, base in zip(layers, targets.values(), strict=True):
-            seen = {n: shared[key] for n, key in self.method.shared_for(layer, knobs).items()} if shared else {}
-            values = {n: container[adapter_name] for n, container in seen.items()}
-            self._plan[layer.name] = self._start(layer, base, config, knobs, values), seen
+        seen = [
+            {n: shared[key] for n, key in self.method.shared_for(layer, knobs).items()} if shared else {}
+            for layer in layers
+        ]
+        starts = [make_start(layer, base, config.seed) for layer, base in zip(layers, targets.values(), strict=True)]
+        need = self.method.need(knobs)
+        loading = bool(need) and not config.statistics and config.stored  # the file holds what was measured
+        if need and not config.statistics and not loading:
+            raise LabError(
+                f"{self.method.name} starts from a batch's {need}: attach it by METHODS['{self.method.id}'].attach."
+            )
+        for start, containers in zip(starts, seen, strict=True):
+            start.shared = {n: container[adapter_name] for n, container in containers.items()}
+            if need and config.statistics:
+                place = {"activations": "activation", "gradient": "gradient"}[need]
+                setattr(start, place, config.statistics[start.layer.name])
+        if not loading:
+            self.method.prepare(starts, knobs)
+        for start, containers in zip(starts, seen, strict=True):
+            tensors = self._places(start, knobs) if loading else self.method.init(start, knobs)
+            self._plan[start.layer.name] = tensors, containers
+            start.prepared = None
         config.stored = config.stored or self.method.stores(knobs)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._mark_shared()
 
-    def _start(
-        self, layer: Layer, base: nn.Module, config: Any, knobs: Any, shared: dict[str, torch.Tensor]
-    ) -> Tensors:
-        start = make_start(layer, base, config.seed)
-        start.shared = shared
-        need, method = self.method.need(knobs), self.method
-        if config.statistics and layer.name in config.statistics:
-            setattr(start, {"activations": "activation", "gradient": "gradient"}[need], config.statistics[layer.name])
-        elif need and not config.stored:
-            raise LabError(
-                f"{method.name} starts from a batch's {need}: attach it through METHODS['{method.id}'].attach."
-            )
-        elif need:  # a file is being loaded: it holds the frozen tensors, these are their places
-            return Tensors(
-                {n: start.zeros(*s) for n, s in method.trained_shapes(layer, knobs).items()},
-                {n: start.zeros(*s) for n, s in method.shapes(layer, knobs).items()},
-            )
-        return method.init(start, knobs)
+    def _places(self, start: Start, knobs: Any) -> Tensors:
+        """Empty tensors for those of a file."""
+        trained, frozen = (
+            {name: start.zeros(*shape) for name, shape in shapes(start.layer, knobs).items()}
+            for shapes in (self.method.trained_shapes, self.method.shapes)
+        )
+        return Tensors(trained, frozen)
 
     def _share(
         self, adapter: str, layers: list[Layer], knobs: Any, config: Any, base: nn.Module

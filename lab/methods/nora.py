@@ -112,6 +112,16 @@ class Nora(OwnMethod):
             frozen |= {"start_b": b, "start_a": a, "start_q": B @ b, "start_p": a @ A}
         return Tensors({"inner_b": b, "inner_a": a}, frozen)
 
+    def prepare(self, starts: list[Start], knobs: NoraKnobs) -> None:
+        """W's own basis of every layer, several layers at once; `activation` factorises something else."""
+        from lab import svd
+
+        if knobs.outer != "activation":
+            ranks = [self.outer_rank(start.layer, knobs) for start in starts]
+            found = svd.bases([start.weight() for start in starts], ranks)
+            for start, basis in zip(starts, found, strict=True):
+                start.prepared = basis
+
     def outer_basis(self, start: Start, knobs: NoraKnobs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B (m, r), S (r,), A (r, n)). S starts the inner factors: the singular values of what was factorised;
         for `gradient`, `minor` and `random` W's own largest ones, so that the bases differ in nothing else."""
@@ -124,7 +134,7 @@ class Nora(OwnMethod):
             a = a.clamp_min(1e-3)  # a channel that the batch never used must not divide by nothing
             found = svd.basis(W * a, r, cache=False)
             return found.U, found.S, found.Vh / a
-        found = svd.basis(W, r)
+        found = start.prepared or svd.basis(W, r)
         if knobs.outer == "gradient":
             assert start.gradient is not None
             of_gradient = svd.basis(start.gradient, r, cache=False)

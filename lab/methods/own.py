@@ -41,6 +41,7 @@ class Start:
     activation: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
     shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    prepared: Any = None  # whatever the method's `prepare` left here
 
     def randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         """Normal numbers times `scale`, the same on every device."""
@@ -95,6 +96,9 @@ class OwnMethod(Method):
     def init(self, start: Start, knobs: Any) -> Tensors:
         """Tensors of one layer before training."""
         raise NotImplementedError(f"{type(self).__name__} must say how its tensors start")
+
+    def prepare(self, starts: list[Start], knobs: Any) -> None:
+        """Work for all layers together before `init` is called for each: what can be done several at once."""
 
     def factors(self, t: Mapping[str, torch.Tensor], knobs: Any, layer: Layer) -> Any:
         """(B (m, r), A (r, n)) with ΔW = B·A, or None when the update is not of low rank."""

@@ -1,0 +1,128 @@
+"""What starting and holding adapters costs on the 560 attention projections of an SDXL-sized UNet."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lab import svd
+from lab.methods import METHODS
+
+# (out, in) → how many of the UNet's to_q, to_k, to_v, to_out.0 have this shape
+SHAPES = {(640, 640): 60, (640, 2048): 20, (1280, 1280): 360, (1280, 2048): 120}
+assert sum(SHAPES.values()) == 560
+
+
+def decaying(m: int, n: int, seed: int) -> torch.Tensor:
+    """A weight with random singular vectors and a spectrum that falls as trained projections' do: σᵢ ∝ (1 + i/30)^-0.8."""
+    g = torch.Generator().manual_seed(seed)
+    r = min(m, n)
+    U, V = (torch.linalg.qr(torch.randn(s, r, generator=g))[0] for s in (m, n))
+    return (U * (1 + torch.arange(r) / 30.0).pow(-0.8)) @ V.T
+
+
+def starts(layers_a_shape: int, r_outer: float = 0.8) -> dict[str, Any]:
+    """Seconds of a NoRA start, of `torch.linalg.svd` layer by layer, and from the cache, over all 560 layers.
+
+    Measured on a few layers of each shape, all at once where the lab works on several at once, and scaled by their
+    number. Wall-clock seconds, with as many threads as torch has.
+    """
+    total = {"svd": 0.0, "lab": 0.0, "cache": 0.0}
+    worst = {"svd": 0.0, "lab": 0.0}
+    threads = torch.get_num_threads()
+    for (m, n), count in SHAPES.items():
+        weights = [decaying(m, n, seed) for seed in range(layers_a_shape)]
+        r, scale = int(r_outer * min(m, n)), count / layers_a_shape
+        began = time.perf_counter()
+        plain = [torch.linalg.svd(W, full_matrices=False) for W in weights]
+        total["svd"] += (time.perf_counter() - began) * scale
+        with tempfile.TemporaryDirectory() as folder, svd.cached_in(Path(folder)):
+            began = time.perf_counter()
+            found = svd.bases(weights, [r] * len(weights))
+            total["lab"] += (time.perf_counter() - began) * scale
+            began = time.perf_counter()
+            svd.bases(weights, [r] * len(weights))
+            total["cache"] += (time.perf_counter() - began) * scale
+        exact = svd.exact(weights[0])
+        worst["svd"] = max(worst["svd"], off(plain[0][0][:, :r], exact.U[:, :r]))
+        worst["lab"] = max(worst["lab"], off(found[0].U, exact.U[:, :r]))
+    return {"seconds": total, "speedup": total["svd"] / total["lab"], "subspace_error": worst, "threads": threads}
+
+
+def off(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Sine of the largest angle between two subspaces: ‖(I − QQᵀ)·U‖."""
+    Q, U = exact.double(), found.double()
+    return float(torch.linalg.matrix_norm(U - Q @ (Q.T @ U), ord=2))
+
+
+class Unet(nn.Module):
+    """560 layers of SDXL's shapes, those of one shape sharing one weight, so that only adapters take memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weights = {shape: nn.Parameter(torch.zeros(shape), requires_grad=False) for shape in SHAPES}
+        self.layers = nn.ModuleList()
+        for (m, n), count in SHAPES.items():
+            for _ in range(count):
+                made = nn.Linear(n, m, bias=False, device="meta")
+                made.weight = weights[m, n]
+                self.layers.append(made)
+
+    def forward(self, inputs: dict[int, torch.Tensor]) -> torch.Tensor:
+        return torch.stack([layer(inputs[layer.weight.shape[1]]).sum() for layer in self.layers]).sum()
+
+
+def held_bytes(method_id: str, **knobs: Any) -> int:
+    """Bytes an adapter holds in a training step on that UNet: trained and frozen tensors, gradients, AdamW's averages,
+    and all it keeps for the backward pass beside the base's weights."""
+    method = METHODS[method_id]
+    model = method.attach(Unet(), method.knobs(**knobs), [f"layers.{i}" for i in range(560)])
+    inputs = {n: torch.zeros(1, n) for n in (640, 1280, 2048)}
+    base = {m.get_base_layer().weight.untyped_storage().data_ptr() for m in model.modules() if hasattr(m, "base_layer")}
+    base |= {x.untyped_storage().data_ptr() for x in inputs.values()}
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in base:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for tensor in [*trained, *model.buffers()]:
+        keep(tensor)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model(inputs)
+    loss.backward()
+    return sum(kept.values()) + 3 * sum(p.numel() * p.element_size() for p in trained)
+
+
+def _eight_layers(method: Any) -> Any:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8))).requires_grad_(False)
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    names = [str(i) for i in range(8)]
+    return method.attach(model, method.knobs(), names, calibrate=lambda: model(x).square().mean())
+
+
+def file_overheads() -> list[dict[str, Any]]:
+    """Bytes of saved adapters beyond parameters × bytes a parameter and their names, on a model of 8 layers."""
+    from safetensors import safe_open
+
+    rows = []
+    for method in (m for m in METHODS if m.own):
+        made = _eight_layers(method)
+        with tempfile.TemporaryDirectory() as folder:
+            made.save_pretrained(folder, save_embedding_layers=False)
+            path = Path(folder) / "adapter_model.safetensors"
+            with safe_open(str(path), "pt") as file:
+                names = sum(len(k) for k in file.keys())  # noqa: SIM118
+            parameters = sum(p.numel() * 4 for p in made.parameters() if p.requires_grad)
+            rows.append(
+                {"method": method.id, "beyond": path.stat().st_size - parameters - names, "parameters": parameters // 4}
+            )
+    return rows
