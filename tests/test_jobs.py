@@ -223,6 +223,7 @@ REFUSALS = {
         (OSError(errno.EDQUOT, "Disk quota exceeded"), child.DISK_FULL, "The disk is full"),
         (SystemExit(0), child.FAILED, "The run stopped on an error (SystemExit: 0)"),
         (LabError("Two\nlines."), child.FAILED, "Two lines."),
+        (LabError("This file is too large: the disk is full of them."), child.FAILED, "This file is too large"),
         (Cancelled(), child.CANCELLED, ""),
     ],
 )
@@ -231,9 +232,9 @@ def test_reasons(tmp_path: Path, error: BaseException, code: int, sentence: str)
     assert given == code
     assert message.startswith(sentence)
     if code == child.DISK_FULL:  # the same where it is only the cause of what arrives
-        outer = RuntimeError("saving failed")
-        outer.__cause__ = error
-        assert child.explain(outer, tmp_path)[0] == code
+        for outer in (RuntimeError("saving failed"), LabError("The disk is full: x could not be saved.")):
+            outer.__cause__ = error
+            assert child.explain(outer, tmp_path)[0] == code
 
 
 def test_each_bad_end_is_one_sentence_and_the_queue_goes_on(store: Store, home: Path) -> None:
@@ -271,7 +272,12 @@ def test_full_disk_is_written_down_with_the_room_kept_back(
     store: Store, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, run = submit(store, methods={"lora": {"do": "full"}})
-    finish = Table.finish
+    finish, progress = Table.finish, Table.progress
+
+    def no_progress(table: Table, *values: Any) -> None:
+        if (home / "reserve").exists():
+            raise sqlite3.OperationalError("database or disk is full")
+        progress(table, *values)
 
     def full(table: Table, *values: Any, **more: Any) -> None:
         if (home / "reserve").exists():
@@ -279,6 +285,7 @@ def test_full_disk_is_written_down_with_the_room_kept_back(
         finish(table, *values, **more)
 
     monkeypatch.setattr(Table, "finish", full)
+    monkeypatch.setattr(Table, "progress", no_progress)
     worker = Worker(home, BACKENDS["local"], "main")
     worker.serve(drain=True)
     assert store.run(ME, base.id).state == "done"

@@ -143,6 +143,9 @@ def explain(error: BaseException, folder: Path) -> tuple[int, str]:
     if isinstance(error, Cancelled | KeyboardInterrupt):
         return CANCELLED, ""
     if isinstance(error, LabError):
+        # One that says in its own words that the disk is full: the code has to say it too, see `_tell`.
+        if disk.is_full(error.__cause__ or error.__context__):
+            return DISK_FULL, disk.sentence(folder)
         return FAILED, _one_line(str(error))
     _say("".join(traceback.format_exception(error)))
     if disk.is_full(error):

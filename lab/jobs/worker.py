@@ -7,6 +7,7 @@ the table calls running on this worker has nobody, and puts it back into the que
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from lab.jobs.folders import comparison_folder, run_folder, sweep
 from lab.jobs.table import Table
 
 ATTEMPTS = 3  # a run that crashed or was interrupted this often is failed
-GRACE_SECONDS = 1.0  # between SIGTERM and SIGKILL
+GRACE_SECONDS = 0.7  # between SIGTERM and SIGKILL
 TICK_SECONDS = 0.1
 IDLE_TICK_SECONDS = 0.3
 REST_SECONDS = 60.0  # of idleness, before what is kept ready for the next run is let go
@@ -187,7 +188,7 @@ class Worker:
         values = reading.json_file(path)
         if values:
             watched.changed, watched.copied = changed, now
-            self.table.progress(watched.id, watched.row["attempt"], values)
+            self._write_progress(watched, values)
 
     def _end(self, watched: Watched, code: int) -> None:
         """Write how the attempt ended. May be called again for the same attempt if the table could not be written."""
@@ -209,6 +210,10 @@ class Worker:
     def _copy_last_progress(self, watched: Watched) -> None:
         values = reading.json_file(watched.orders.folder / "progress.json")
         if values:
+            self._write_progress(watched, values)
+
+    def _write_progress(self, watched: Watched, values: dict[str, Any]) -> None:
+        with contextlib.suppress(sqlite3.OperationalError):  # full: the room kept back is for how the run ends
             self.table.progress(watched.id, watched.row["attempt"], values)
 
     def _interrupted(self, row: sqlite3.Row, what: str, bytes: int | None = None) -> None:
