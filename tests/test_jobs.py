@@ -423,3 +423,25 @@ def test_dead_process_is_replaced(store: Store, home: Path) -> None:
     local.rest()
     assert attempts == [0, 0]
     assert json.loads((orders.folder / "outcome.json").read_text())["state"] == "done"
+
+
+# -- several devices ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [("", ["main"]), ("-1", ["main"]), ("0,1", ["0", "1"]), (" 3 ", ["3"]), ("GPU-a1", ["GPU-a1"])],
+)
+def test_devices(monkeypatch: pytest.MonkeyPatch, visible: str, devices: list[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert Local().devices() == devices
+
+
+def test_a_worker_for_each_gpu(store: Store, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    runs = submit(store, steps=5000, seconds=0.05, seeds=[0, 1])[1:]
+    assert ensure_worker(home) == 2
+    seen = set()
+    for run in runs:
+        at_step(store, run, 1)  # both at the same time
+        environment = Path(f"/proc/{child_pid(run)}/environ").read_text().split("\0")
+        seen |= {line for line in environment if line.startswith("CUDA_VISIBLE_DEVICES=")}
+    assert seen == {"CUDA_VISIBLE_DEVICES=4", "CUDA_VISIBLE_DEVICES=5"}

@@ -3,7 +3,7 @@
 Importing torch, diffusers and transformers costs several seconds of processor time, for every run anew. Here one
 process, kept by the worker, imports what a task says it needs (`Task.imports`) and forks a child for each attempt.
 It only imports: no tensor is made before the fork, no thread is started, so the child is as if it had imported
-everything itself. On Linux without an NVIDIA GPU only: elsewhere system libraries do not survive a fork, and a run
+everything itself. On Linux without a GPU only: elsewhere system libraries do not survive a fork, and a run
 on a GPU is long enough. LAB_WARM=0 turns it off.
 """
 
@@ -25,8 +25,13 @@ from lab.jobs import Orders, child, processes
 ROOT = Path(__file__).resolve().parents[2]
 
 
+GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under Windows
+
+
 def possible(device: str) -> bool:
-    return device == "main" and sys.platform == "linux" and os.environ.get("LAB_WARM", "1") != "0"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    no_gpu = hidden or not any(Path(gpu).exists() for gpu in GPUS)
+    return device == "main" and sys.platform == "linux" and no_gpu and os.environ.get("LAB_WARM", "1") != "0"
 
 
 class Nursery:
