@@ -16,7 +16,7 @@ from PIL import Image
 from lab.errors import LabError
 from lab.methods import METHODS
 from lab.runs import Store
-from lab.ui import choices, comparison, discover, examples, owner, rendering, runs, settings, setup, subject
+from lab.ui import choices, comparison, discover, examples, limits, owner, rendering, runs, settings, setup, subject
 from lab.ui.drafts import Drafts
 from tests.page_server import Visitor, finish, form, pictures, served, ticked
 
@@ -114,6 +114,21 @@ def test_post_from_another_site_is_refused(alice: Visitor) -> None:
     body = {"data": [], "fn_index": 0, "session_hash": "x"}
     refused = alice.http.post("/gradio_api/queue/join", json=body, headers={"Sec-Fetch-Site": "cross-site"})
     assert refused.status_code == 403
+
+
+def test_uploads_need_an_owner_and_have_a_size_an_hour(page: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody = Visitor(page, home, cookie=None)
+    assert nobody.http.post("/gradio_api/upload", files={"files": b"x"}).status_code == 403
+    monkeypatch.setenv("LAB_MAX_HOURLY_UPLOADS_MB", "1")
+    now = [0.0]
+    limit = limits.UploadLimits(None, owner.Owners(b"key"), clock=lambda: now[0])
+    assert limit._judge("erin", "600000") == (0, "")
+    assert limit._judge("erin", "600000")[0] == 429
+    assert limit._judge("frank", "600000") == (0, "")
+    assert limit._judge("erin", "")[0] == 411
+    now[0] = 3601.0
+    assert limit._judge("erin", "600000") == (0, "")
+    assert set(limit.sent) == {"erin"}  # who has not sent for an hour is forgotten
 
 
 # -- isolation -----------------------------------------------------------------------------------------

@@ -45,10 +45,3 @@ def discover() -> list[Tab]:
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     found = [module.TAB for module in modules if isinstance(getattr(module, "TAB", None), Tab)]
     return sorted(found, key=lambda tab: (tab.order, tab.id))
-
-
-def uploads_limit() -> int:
-    """Largest accepted upload in bytes: what `lab.uploads` decodes at most."""
-    from lab.uploads import max_bytes
-
-    return max_bytes()

@@ -110,7 +110,7 @@ class OwnerCookie:
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"Requests from other sites are refused."})
             return
-        known = self.owners.check(_cookie(headers))
+        known = self.owners.check(token_of(headers))
         cookie = None if known or scope["method"] != "GET" else self._cookie(self._secure(scope, headers))
 
         async def add_cookie(message: dict[str, Any]) -> None:
@@ -132,7 +132,8 @@ class OwnerCookie:
         return f"{COOKIE}={self.owners.new()}; Path=/; Max-Age={YEAR_S}; HttpOnly; {flags}"
 
 
-def _cookie(headers: Mapping[str, str]) -> str | None:
+def token_of(headers: Mapping[str, str]) -> str | None:
+    """The token in a request's headers (names in lower case), not yet checked."""
     try:
         found = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
     except CookieError:

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from lab.errors import LabError
 from lab.jobs import ensure_worker
 from lab.runs import Store
-from lab.ui import Page, discover, drafts, files, owner, theme, uploads_limit
+from lab.ui import Page, discover, drafts, files, limits, owner, theme
 from lab.ui.html import static
 
 TITLE = "NoRA Lab: which compact adapter is best for my data?"
@@ -76,7 +76,7 @@ def application(home: Path | str | None = None) -> FastAPI:
         favicon_path=str(Path(__file__).parent / "static" / "logo.svg"),
         allowed_paths=[],
         blocked_paths=[str(folder) for folder in private],
-        max_file_size=uploads_limit(),
+        max_file_size=limits.largest_file(),
         show_error=False,
         footer_links=[],
         run_history=False,
@@ -90,7 +90,8 @@ def application(home: Path | str | None = None) -> FastAPI:
     demo.has_launched = demo.is_running = True
     for block in demo.blocks.values():
         files.uploads_only(block)
-    app.add_middleware(owner.OwnerCookie, owners=owners, framed=bool(os.environ.get("SPACE_ID")))  # ty: ignore
+    app.add_middleware(limits.UploadLimits, owners=owners)
+    app.add_middleware(owner.OwnerCookie, owners=owners, framed=bool(os.environ.get("SPACE_ID")))
     return app
 
 
