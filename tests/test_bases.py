@@ -90,3 +90,19 @@ def test_weights_are_frozen_and_shared(small_sdxl: Any) -> None:
     assert not any(p.requires_grad for p in pipe.unet.parameters())
     small_sdxl.forget()
     assert pipe is not small_sdxl.load()
+
+
+def test_a_hub_that_cannot_be_reached_is_told_as_that(tmp_path: Path) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from lab.bases._sdxl import _sentence
+
+    try:
+        try:
+            raise LocalEntryNotFoundError("no connection")
+        except LocalEntryNotFoundError:
+            raise OSError("no file named config.json")  # noqa: B904 - as libraries do
+    except OSError as error:
+        assert "check the network" in _sentence("owner/name", error)
+        assert "no file named config.json" in _sentence(str(tmp_path), error)  # a folder needs no network
+    assert "check the network" in _sentence("owner/name", OSError("the model is not fully cached locally"))

@@ -61,29 +61,45 @@ def forget() -> None:
 @contextlib.contextmanager
 def _plain_errors(source: str) -> Any:
     """Loading fails in many ways, deep inside three libraries; each becomes one sentence."""
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
     try:
         yield
-    except GatedRepoError as error:
-        raise LabError(
-            f"'{source}' is gated: accept its terms on huggingface.co and log in with `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise LabError(f"There is no model '{source}' on the Hugging Face Hub, or it is private.") from error
-    except LocalEntryNotFoundError as error:
-        raise LabError(
-            f"'{source}' is not on this machine yet and the Hugging Face Hub cannot be reached: "
-            "check the network, or give a local folder."
-        ) from error
     except torch.cuda.OutOfMemoryError as error:
         raise LabError(
             f"The GPU's memory does not hold '{source}': close what else uses it, or set LAB_DEVICE=cpu."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LabError(
-            f"'{source}' could not be loaded as a Stable Diffusion XL pipeline: {_first_line(error)}"
-        ) from error
+    except Exception as error:  # OSError, ValueError, KeyError, TypeError, safetensors' and the Hub's own
+        raise LabError(_sentence(source, error)) from error
+
+
+# What the libraries say, in words only, when the Hub cannot be reached.
+UNREACHABLE = (
+    "not fully cached",
+    "outgoing traffic",
+    "couldn't connect",
+    "connection error",
+    "name or service",
+    "offline",
+)
+
+
+def _sentence(source: str, error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    chain: list[BaseException] = [error]
+    while following := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(following)
+    if any(isinstance(e, GatedRepoError) for e in chain):
+        return f"'{source}' is gated: accept its terms on huggingface.co and log in with `hf auth login`."
+    if any(isinstance(e, RepositoryNotFoundError) for e in chain):
+        return f"There is no model '{source}' on the Hugging Face Hub, or it is private."
+    words = " ".join(str(e).lower() for e in chain)
+    missing = any(isinstance(e, LocalEntryNotFoundError | ConnectionError) for e in chain)
+    if not Path(source).exists() and (missing or any(phrase in words for phrase in UNREACHABLE)):
+        return (
+            f"'{source}' is not on this machine yet and the Hugging Face Hub cannot be reached: "
+            "check the network, or give a local folder."
+        )
+    return f"'{source}' could not be loaded as a Stable Diffusion XL pipeline: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:
