@@ -97,12 +97,8 @@ def test_a_hub_that_cannot_be_reached_is_told_as_that(tmp_path: Path) -> None:
 
     from lab.bases._sdxl import _sentence
 
-    try:
-        try:
-            raise LocalEntryNotFoundError("no connection")
-        except LocalEntryNotFoundError:
-            raise OSError("no file named config.json")  # noqa: B904 - as libraries do
-    except OSError as error:
-        assert "check the network" in _sentence("owner/name", error)
-        assert "no file named config.json" in _sentence(str(tmp_path), error)  # a folder needs no network
+    error = OSError("no file named config.json")
+    error.__cause__ = LocalEntryNotFoundError("no connection")
+    assert "check the network" in _sentence("owner/name", error)
+    assert "no file named config.json" in _sentence(str(tmp_path), error)  # a folder needs no network
     assert "check the network" in _sentence("owner/name", OSError("the model is not fully cached locally"))
