@@ -26,7 +26,7 @@ MAX_BYTES = 1_000_000  # of a configuration or of a pasted table
 MAX_DEPTH = 32
 MAX_LAYERS = 20_000
 MAX_SIDE = 10_000_000  # of one layer
-BUILD_SECONDS = 90
+BUILD_SECONDS = 180
 
 
 @dataclass(frozen=True)

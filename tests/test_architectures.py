@@ -54,8 +54,13 @@ def test_every_id_is_listed_with_a_name_and_says_what_a_sample_keeps() -> None:
 
 @pytest.mark.parametrize(
     ("id", "k", "layers"),
-    [("llama3-8b", (1024, 4096), 32), ("mistral-7b", (1024, 4096), 32), ("llama2-70b", (1024, 8192), 80)]
-    + [("qwen2.5-7b", (512, 3584), 28), ("llama-7b", (4096, 4096), 32)],
+    [
+        ("llama3-8b", (1024, 4096), 32),
+        ("mistral-7b", (1024, 4096), 32),
+        ("llama2-70b", (1024, 8192), 80),
+        ("qwen2.5-7b", (512, 3584), 28),
+        ("llama-7b", (4096, 4096), 32),
+    ],
 )
 def test_grouped_queries(id: str, k: tuple[int, int], layers: int) -> None:
     rows = architectures.load(id).select("k")
@@ -199,7 +204,10 @@ def test_a_configuration_becomes_a_table_without_code_or_weights() -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "model-of-tomorrow", "auto_map": {"AutoModel": "x--y.Z"}}, "knows no model type 'model-of-tomorrow'"),
+        (
+            {"model_type": "model-of-tomorrow", "auto_map": {"AutoModel": "x--y.Z"}},
+            "knows no model type 'model-of-tomorrow'",
+        ),
         ({"_class_name": "DiffusionPipeline"}, "is not a model that diffusers"),
         ({"_class_name": "__import__"}, "is not a model that diffusers"),
         ({"model_type": "bert", "hidden_size": 99}, "no model could be built from it"),
@@ -232,6 +240,7 @@ def test_a_name_on_the_hub_without_a_connection(monkeypatch: pytest.MonkeyPatch)
 def test_a_configuration_from_the_hub_is_the_only_file_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     import types
 
+    import httpx
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -241,8 +250,7 @@ def test_a_configuration_from_the_hub_is_the_only_file_fetched(monkeypatch: pyte
 
     def metadata(url: str, **_: object) -> types.SimpleNamespace:
         if not url.endswith("/unet/config.json"):
-            response = types.SimpleNamespace(headers={}, request=None, status_code=404)
-            raise EntryNotFoundError("no", response=response)  # ty: ignore[invalid-argument-type]
+            raise EntryNotFoundError("no", response=httpx.Response(404, request=httpx.Request("GET", url)))
         return types.SimpleNamespace(size=path.stat().st_size)
 
     def download(repo: str, file: str, **_: object) -> str:
