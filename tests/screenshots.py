@@ -77,7 +77,7 @@ def every_look(chrome: Any, visitor: Any, address: str, wait: str, folder: Path,
             page.set_default_timeout(PATIENCE_MS)
             page.goto(address)
             page.locator(wait).first.wait_for()
-            for image in page.locator("img[loading=lazy]").all():
+            for image in page.locator("img[loading=lazy]:visible").all():
                 image.scroll_into_view_if_needed()
             page.evaluate("scrollTo(0, 0)")
             time.sleep(SETTLE_S)

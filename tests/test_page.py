@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import stat
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -243,6 +246,16 @@ def test_train_over_http(store: Store, home: Path, alice: Visitor) -> None:
     shown = json.dumps(alice.call("show", [None])["output"]["data"])
     assert found.id in shown
     assert "number " in shown  # its place in the queue
+
+
+def test_taken_port_is_one_sentence(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "app.py", "--host", "127.0.0.1", "--port", str(taken.getsockname()[1])]
+        root = Path(__file__).resolve().parents[1]
+        ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert "cannot be used" in ended.stderr
+    assert ended.stderr.count("\n") == 1
 
 
 # -- markup --------------------------------------------------------------------------------------------

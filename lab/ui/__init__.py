@@ -3,7 +3,8 @@
 `build(page)` is called inside the tab's own `with gr.Tab(...)`: it makes the components and wires the handlers.
 Handlers take `request: gr.Request` and ask `lab.ui.owner.owner_of(request)` for whom they work; all they return
 belongs to that owner. In the browser, `lab.params("budget", {arch: "sdxl-unet"})` (static/lab.js) keeps a tab's
-part of the address bar, and a tab reads it back in `page.demo.load(fn)` from `request.query_params`.
+part of the address bar, and a tab reads it back in `page.demo.load(fn)` from `request.query_params`. Text from outside
+goes through `lab.ui.html.e` before it is HTML, uploaded files through `lab.uploads` before they are pictures.
 """
 
 from __future__ import annotations

@@ -133,13 +133,13 @@ def serve(host: str, port: int) -> None:
 
     import uvicorn
 
-    app = application()
     try:
         listening = socket.create_server((host, port))
     except OSError as error:
         raise LabError(
             f"Port {port} on {host} cannot be used ({error.strerror}): choose another with --port."
         ) from error
+    app = application()
     keep_working(Store().home)
     shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::") else host
     print(f"NoRA Lab is on http://{shown}:{listening.getsockname()[1]}", flush=True)

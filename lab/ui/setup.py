@@ -18,7 +18,6 @@ from lab.ui import choices, settings
 from lab.ui.drafts import MAX_CAPTION, Drafts, Picture, checked
 from lab.ui.examples import examples
 from lab.ui.html import dot, e, error, static, view
-from lab.ui.owner import owner_of
 from lab.uploads import check_text, decode
 
 LOW, HIGH = 3, 20  # pictures of a subject
@@ -148,7 +147,7 @@ def spec_of(values: dict[str, Any]) -> tuple[dict[str, Any], list[Picture]]:
     pictures = checked(values["pictures"], HIGH)
     if len(pictures) < LOW:
         raise LabError(f"Between {LOW} and {HIGH} pictures of the subject are needed, {len(pictures)} given.")
-    words = {name: check_text(f"The {name.replace('_', ' ')}", values[name], 60) for name in ("class_word",)}
+    words = {"class_word": check_text("The class word", values["class_word"], 60)}
     trigger = check_text("The trigger word", values["trigger"], 40, empty=True)
     spec = settings.spec(values) | words | {"trigger": trigger, "methods": choices.checked(values["picker"])}
     spec |= {"captions": [p["caption"] for p in pictures], "crops": [p["crop"] for p in pictures]}
@@ -228,6 +227,3 @@ def _panel(facts: list[tuple[str, str]], more: str, todo: str) -> str:
 
 def notices(problems: list[str]) -> str:
     return "".join(f'<div class="lab">{error(problem)}</div>' for problem in problems)
-
-
-__all__ = ["Setup", "add_files", "build", "owner_of", "spec_of", "submit", "summarise", "use_example"]
