@@ -57,7 +57,7 @@ AdamW, warm-up, constant rate, cosine fall over the last third; averaged weights
 batch 192, 8e-4; captions matched with all fitting pictures, every picture compared with the names of all concepts.
 VAE: batch 32, 1.5e-3; absolute, squared and slope error, KL 1e-4. UNet: batch 64, 8e-4; v-prediction, zero terminal
 SNR, 10 % empty prompts. Tokenizer: CLIP's first 8,000 merges, vocabulary 8,514, context 32.
-Sampling: Euler, trailing, 25 steps, guidance 5.
+Sampling: Euler, trailing, 20 steps (as scored) or 25, guidance 5.
 
 ## Scores
 {scores}

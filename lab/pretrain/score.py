@@ -14,7 +14,7 @@ from lab.pretrain.scenes import compose
 from lab.pretrain.sprites import Sprites
 
 SEEDS = (0,)  # one picture of each concept: the share is good to about 0.03
-STEPS, GUIDANCE, BATCH = 25, 5.0, 73
+STEPS, GUIDANCE, BATCH = 20, 5.0, 73
 SHEET = (
     ("cat face", 10), ("panda face", 13), ("lion face", 16), ("frog face", 11), ("owl", 14), ("elephant", 12),
     ("turtle", 16), ("butterfly", 11), ("sunflower", 4), ("red apple", 12), ("hamburger", 2), ("ice cream", 6),
@@ -83,8 +83,8 @@ class Judge:
 
 
 def _diversity(pipe, judge: Judge, sprites: Sprites) -> dict[str, float]:
-    """Between four seeds of each of 16 prompts, beside the data's own."""
-    concepts = torch.arange(16) * (len(CONCEPTS) // 16)
+    """Between four seeds of each of 8 prompts, beside the data's own."""
+    concepts = torch.arange(8) * (len(CONCEPTS) // 8)
     places, group = concepts % len(PLACES), 4
     texts = [prompt(CONCEPTS[c], PLACES[p]) for c, p in zip(concepts, places, strict=True) for _ in range(group)]
     drawn = generate(pipe, texts, list(range(10, 10 + group)) * len(concepts))
