@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import nn
 
 from lab import device as devices
 from lab.errors import LabError
-from lab.methods import Method
+from lab.methods import METHODS, Method
+from lab.targets import modules
 from lab.tasks import Cancelled
 from lab.train import Settings, train
 
@@ -237,3 +239,56 @@ def test_in_fp16_losses_are_scaled_and_an_overflowing_step_is_left_out(
     resumed = network()
     train(resumed, Toy(), Large(), settings(), tmp_path / "cut", silent)
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+
+
+class Attention(nn.Module):
+    """One head's projections, named as diffusers names them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = nn.Linear(64, 64), nn.Linear(32, 64), nn.Linear(32, 64)
+        self.to_out = nn.ModuleList([nn.Linear(64, 64)])
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        weights = (self.to_q(x) @ self.to_k(y).mT / 8).softmax(-1)
+        return self.to_out[0](weights @ self.to_v(y))
+
+
+class AttentionObjective:
+    position = 0
+
+    def loss(self, model: nn.Module, generator: torch.Generator) -> torch.Tensor:
+        self.position += 1
+        x, y = (torch.randn(2, 5, width, generator=generator) for width in (64, 32))
+        return (model(x, y) - x.roll(1, 0)).square().mean()
+
+
+@pytest.mark.parametrize("id", METHODS.ids())
+def test_every_method_resumes_bit_for_bit(id: str, tmp_path: Path) -> None:
+    """Optimizers of their own, rank allocation, shared tensors: whatever a method keeps is in the checkpoint."""
+    method = METHODS[id]
+
+    def go(folder: Path, stop_at: int = 0) -> dict[str, torch.Tensor]:
+        torch.manual_seed(1)
+        network, objective = Attention(), AttentionObjective()
+        network.requires_grad_(False)
+        names = modules(network, "attn")
+        calibrate = partial(objective.loss, network, devices.generator(9))
+        devices.seed_everything(0)
+        model = method.attach(network, method.knobs(), names, seed=0, calibrate=calibrate)
+
+        def report(step: int, steps: int, **_: Any) -> None:
+            if step == stop_at:
+                raise Cancelled
+
+        try:
+            train(model, method, objective, settings(steps=4, lr=1e-3, checkpoint_every=1), folder, report)
+        except Cancelled:
+            assert stop_at
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    whole = go(tmp_path / "whole")
+    go(tmp_path / "cut", stop_at=2)
+    resumed = go(tmp_path / "cut")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
