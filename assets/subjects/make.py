@@ -1,7 +1,7 @@
 """Make the example subjects: `python assets/subjects/make.py`, from the repository's root.
 
 Each is one of the pictures that no training stage of the embedded base has seen (lab/pretrain/concepts.py), placed on
-five backgrounds, larger, smaller, turned and mirrored: what somebody's five photographs of one thing would be. The
+five backgrounds, larger, smaller, turned a little, those that look ahead also mirrored: what somebody's five photographs of one thing would be. The
 pictures are 256 pixels wide, so that they are pleasant to look at; training reduces them to the base's resolution.
 The backgrounds are the base's own scenes (64 pixels, enlarged smoothly). The scenes of the default prompts (snow,
 beach, night, sea) are left out: there, the subject is new to every method.
@@ -33,6 +33,7 @@ SUBJECTS = {
     "teapot": ("teapot", "1fad6", ("blue", "white")),
     "unicorn": ("unicorn", "1f984", ("red", "green")),
 }
+LOOKING_AHEAD = ("fox", "penguin", "robot")
 NATURE = ("on the grass", "in the desert", "in the forest")
 SOURCE = "Fluent Emoji 3D by Microsoft, from the npm package @lobehub/fluent-emoji-3d 1.1.0"
 
@@ -69,7 +70,12 @@ def make(id: str, number: int) -> None:
     folder.mkdir(exist_ok=True)
     wanted = [f"on {'an' if c == 'orange' else 'a'} {c} background" for c in colours] + list(NATURE)
     for i, words in enumerate(wanted):
-        scene = compose(sprite, place(words, (3 * number + i) % 8), seed=100 * number + i, mirrored=i in (1, 3))
+        scene = compose(
+            sprite,
+            place(words, (3 * number + i) % 8),
+            seed=100 * number + i,
+            mirrored=id in LOOKING_AHEAD and i in (1, 3),
+        )
         scene.save(folder / f"{i}.png", optimize=True)
         (folder / f"{i}.txt").write_text(f"a {class_word} {words}\n")
     card = {

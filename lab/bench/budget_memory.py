@@ -238,16 +238,22 @@ def fit(ids: list[str]) -> int:
 
 
 def _nonnegative(basis: Any, y: Any) -> Any:
-    """Least squares with coefficients of at least 0 (multiplicative updates; columns scaled)."""
+    """Least squares with coefficients of at least 0: the best of all choices of terms, fewer where they do as well."""
+    import itertools
+
     import numpy as np
 
-    scale = basis.max(axis=0)
-    a = basis / scale
-    x = np.full(a.shape[1], max(y.max(), 1.0))
-    for _ in range(20_000):
-        x *= (a.T @ y + 1e-9) / (a.T @ (a @ x) + 1e-9)
-    x[x < 1e-3 * max(y.max(), 1.0)] = 0
-    return x / scale
+    columns = range(basis.shape[1])
+    best, least = np.zeros(len(columns)), float(y @ y)
+    for chosen in itertools.chain.from_iterable(itertools.combinations(columns, k) for k in (1, 2, 3, 4)):
+        found, *_ = np.linalg.lstsq(basis[:, chosen], y, rcond=None)
+        if (found < 0).any():
+            continue
+        error = float(((basis[:, chosen] @ found - y) ** 2).sum())
+        if error < 0.9 * least - 1e-6 * float(y @ y):
+            best, least = np.zeros(len(columns)), error
+            best[list(chosen)] = found
+    return best
 
 
 def show(result: dict[str, Any]) -> None:

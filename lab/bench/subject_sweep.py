@@ -23,10 +23,10 @@ from typing import Any
 HELP = "search and check the subject task's presets on the embedded base"
 HERE = Path(__file__).parent
 SEARCHED = {  # method: settings, learning rates
-    "lora": [({"r": 4}, (1e-3, 2e-3, 4e-3))],
-    "nora": [({"r_outer": 0.8, "r_inner": 4}, (2.5e-3, 5e-3, 1e-2))],
+    "lora": [({"r": 4}, (2e-3, 4e-3, 1e-3))],
+    "nora": [({"r_outer": 0.5, "r_inner": 4}, (1e-2, 5e-3)), ({"r_outer": 0.8, "r_inner": 4}, (5e-3, 2.5e-3))],
 }
-PROBED = (100, 150, 200)  # steps at which a search run is scored
+PROBED = (100, 150, 200, 300)  # steps at which a search run is scored
 FIELDS = (
     *("weights", "subject", "method", "knobs", "lr", "seed", "steps", "trainable_parameters"),
     *("clip_i", "clip_t", "base_clip_i", "base_clip_t", "seconds"),
@@ -36,7 +36,7 @@ FIELDS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stage", choices=("search", "presets"))
     parser.add_argument("--base", default="tiny-sdxl")
-    parser.add_argument("--subjects", default="", help="names between commas (search: fox,teapot; presets: all)")
+    parser.add_argument("--subjects", default="", help="names between commas (search: fox,rocket; presets: all)")
     parser.add_argument("--methods", default="lora,nora")
     parser.add_argument("--out", type=Path, help="keep the presets' grids and reports in this folder")
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     from lab.bases import ASSETS
 
     every = sorted(path.parent.name for path in (ASSETS / "subjects").glob("*/subject.json"))
-    subjects = [s for s in args.subjects.split(",") if s] or (["fox", "teapot"] if args.stage == "search" else every)
+    subjects = [s for s in args.subjects.split(",") if s] or (["fox", "rocket"] if args.stage == "search" else every)
     methods = args.methods.split(",")
     return (
         search(args.base, subjects, methods)

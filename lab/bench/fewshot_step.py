@@ -1,0 +1,104 @@
+"""A training step of CLIP-LoRA's preset against a plain loop with PEFT's LoRA over the same model; NoRA and NOLA beside.
+
+    python -m lab bench fewshot_step --base ViT-B-16:random --batch 4
+
+Every candidate does forward, backward and AdamW on the same pictures and class texts, in the same precision. The plain
+loop is what CLIP-LoRA's own code does: `encode_image`, `encode_text` on texts padded to the model's full length,
+cross-entropy. The lab cuts the padding off. CPU time of one thread, least of the repetitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+HELP = "few-shot training steps as ratios to a plain PEFT loop"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", default="ViT-B-16:random", metavar="NAME")
+    parser.add_argument("--batch", type=int, default=4, metavar="N")
+    parser.add_argument("--classes", type=int, default=10, metavar="N")
+    parser.add_argument("--repetitions", type=int, default=2, metavar="N")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from lab.bench._steps import least_times
+    from lab.clip.bases import resolve
+
+    clip = resolve(args.base).load()
+    made = {"plain PEFT loop": _plain(clip, args.batch, args.classes)}
+    made |= {id: _ours(clip, id, args.batch, args.classes) for id in ("clip-lora", "nora", "nola")}
+    times = least_times(made, args.repetitions)
+    first = times["plain PEFT loop"]
+    return {
+        "base": args.base,
+        "batch": args.batch,
+        "classes": args.classes,
+        "steps": [{"step": id, "seconds": round(t, 4), "ratio": round(t / first, 3)} for id, t in times.items()],
+    }
+
+
+def _data(clip: Any, batch: int, classes: int) -> tuple[Any, Any, list[str]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(batch, 3, clip.size, clip.size, generator=generator)
+    return pixels, torch.arange(batch) % classes, [f"class {i}" for i in range(classes)]
+
+
+def _plain(clip: Any, batch: int, classes: int) -> Any:
+    import torch
+    import torch.nn.functional as F
+    from peft import LoraConfig, get_peft_model
+
+    from lab import device as devices
+    from lab.clip.adapter import sites
+
+    own, (pixels, labels, names) = clip.copy(), _data(clip, batch, classes)
+    places = sites(own.model, "q,k,v", "both")
+    model = get_peft_model(own.model, LoraConfig(r=2, lora_alpha=2, lora_dropout=0.25, target_modules=places))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.01)
+    ids, inner = own.tokenize([f"a photo of a {name}." for name in names]), model.get_base_model()
+    model.train()
+
+    def step() -> None:
+        with devices.autocast(own.device):
+            images, texts = (F.normalize(x, dim=-1) for x in (inner.encode_image(pixels), inner.encode_text(ids)))
+            loss = F.cross_entropy(own.scale * images @ texts.T, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _ours(clip: Any, id: str, batch: int, classes: int) -> Any:
+    import torch
+
+    from lab import device as devices
+    from lab.clip.episode import Batch, Episode
+    from lab.clip.pictures import Examples
+    from lab.tasks._fewshot_run import runner
+
+    pixels, labels, names = _data(clip, batch, classes)
+    none = Examples(clip, torch.empty(0, 3, clip.size, clip.size, dtype=torch.uint8), labels[:0])
+    episode = Episode(clip, names, ["a photo of a {}."], none, none, 1, 0)
+    method = runner(id)
+    head = method.build(episode, method.knobs()).train()
+    optimizer, made = method.optimizer(head, 2e-4, 0.01), Batch(labels, pixels=pixels)
+
+    def step() -> None:
+        with devices.autocast(clip.device):
+            loss = method.loss(head, made)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{result['base']}, batch {result['batch']}, {result['classes']} classes")
+    for row in result["steps"]:
+        print(f"{row['step']:<18}{row['seconds']:>9.3f} s{row['ratio']:>8.3f}")
