@@ -1,0 +1,109 @@
+"""The nearest update to a given target: how well n trained numbers can do, whatever the optimizer and the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lab.coverage.maps import Array, UpdateMap, generator, weight
+from lab.methods.spec import Layer
+
+TARGETS = {"full": "a random matrix of full rank", "low": "a random matrix of rank d/8"}
+STEPS, STARTS = 60, 2
+
+
+def target(kind: str, d: int, seed: int) -> Array:
+    """The matrix to reach (d, d), of norm 1: normal entries, or a product of normal d×r and r×d matrices, r = ⌈d/8⌉."""
+    rng = generator(seed, "target", kind, d)
+    r = -(-d // 8)
+    made = rng.standard_normal((d, d)) if kind == "full" else rng.standard_normal((d, r)) @ rng.standard_normal((r, d))
+    return made / np.linalg.norm(made)
+
+
+def error(method: str, update: UpdateMap, knobs: Any, goal: Array, seed: int) -> tuple[float, str]:
+    """(smallest ‖T − ΔW‖/‖T‖ found, how): exact where a closed form or a linear map allows, else an upper bound."""
+    if update.linear:
+        return linear(update, goal), "least squares"
+    if method in ("lora", "rslora", "lora-plus", "lora-pro", "structuredlora"):
+        return tail(goal, knobs.r), "truncated SVD"
+    if method == "block-lora":
+        return tail(goal, knobs.r // knobs.blocks), "truncated SVD"
+    if method == "nora":
+        return nora(update.d, knobs, goal, seed), "projection and truncated SVD"
+    if method == "gralora":
+        return gralora(goal, knobs), "truncated SVD of each block"
+    return nonlinear(update, goal, seed), f"Levenberg–Marquardt, {STARTS} starts"
+
+
+def tail(goal: Array, r: int) -> float:
+    """‖T − T_r‖/‖T‖ for the best approximation of rank r (Eckart–Young): root of the sum of the other σᵢ²."""
+    values = np.linalg.svd(goal, compute_uv=False)
+    return float(np.linalg.norm(values[r:]) / np.linalg.norm(values))
+
+
+def linear(update: UpdateMap, goal: Array) -> float:
+    """Distance to a subspace: least squares."""
+    J, t = update.jacobian(np.zeros(update.size)), goal.ravel()
+    found = np.linalg.lstsq(J.T, t, rcond=None)[0]
+    return float(np.linalg.norm(found @ J - t) / np.linalg.norm(t))
+
+
+def nora(d: int, knobs: Any, goal: Array, seed: int) -> float:
+    """U·X·Vᵀ with X + C of rank at most r_inner (C the start value, taken off): the part of T outside of the frames is
+    lost, and inside, X + C is the truncated SVD of UᵀTV + C."""
+    from lab.methods.nora import nora as row
+
+    r, i = row.outer_rank(Layer("layer", d, d), knobs), knobs.r_inner
+    U, S, Vt = np.linalg.svd(weight(d, seed))
+    inside = U[:, :r].T @ goal @ Vt[:r].T
+    C = np.diag(np.where(np.arange(r) < i, S[:r], 0.0)) if knobs.identity_init else np.zeros((r, r))
+    values = np.linalg.svd(inside + C, compute_uv=False)
+    lost = max(0.0, np.linalg.norm(goal) ** 2 - np.linalg.norm(inside) ** 2)
+    return float(np.sqrt(lost + (values[i:] ** 2).sum()) / np.linalg.norm(goal))
+
+
+def gralora(goal: Array, knobs: Any) -> float:
+    k, s = knobs.blocks, knobs.r // knobs.blocks
+    side = len(goal) // k
+    blocks = goal.reshape(k, side, k, side).transpose(0, 2, 1, 3).reshape(-1, side, side)
+    left = sum((np.linalg.svd(b, compute_uv=False)[s:] ** 2).sum() for b in blocks)
+    return float(np.sqrt(left) / np.linalg.norm(goal))
+
+
+def nonlinear(update: UpdateMap, goal: Array, seed: int, steps: int = STEPS, starts: int = STARTS) -> float:
+    """Levenberg–Marquardt from `starts` random points with the exact Jacobian; the best of them, so an upper bound."""
+    t = goal.ravel()
+    best = float("inf")
+    for start in range(starts):
+        rng = generator(seed, "fit", start, update.d, update.size)
+        theta = update.draw(rng, 1)[0]
+        made = update.delta(theta[None])[0]
+        theta *= min(1.0, (np.linalg.norm(t) / (np.linalg.norm(made) or 1.0)) ** 0.5)
+        best = min(best, _descend(update, t, theta, steps))
+    return best / float(np.linalg.norm(t))
+
+
+def _descend(update: UpdateMap, t: Array, theta: Array, steps: int) -> float:
+    damping, left = 1e-3, update.delta(theta[None])[0] - t
+    norm = float(np.linalg.norm(left))
+    for _ in range(steps):
+        J = update.jacobian(theta)
+        gram, slope = J @ J.T, J @ left
+        before = norm
+        for _ in range(8):
+            ridge = damping * (np.trace(gram) / len(gram) or 1.0)
+            try:
+                tried = theta - np.linalg.solve(gram + ridge * np.eye(len(gram)), slope)
+            except np.linalg.LinAlgError:
+                damping *= 10
+                continue
+            new = update.delta(tried[None])[0] - t
+            size = float(np.linalg.norm(new))
+            if size < norm:
+                theta, left, norm, damping = tried, new, size, max(damping / 5, 1e-12)
+                break
+            damping *= 4
+        if before - norm <= 1e-5 * before or norm < 1e-10:
+            break
+    return norm

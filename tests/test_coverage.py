@@ -1,0 +1,218 @@
+"""The coverage of updates: closed forms against measurements, equations against the methods' own code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lab import cli
+from lab.coverage import closed_form, curve, fit, maps, measure, point
+from lab.coverage.closed import FORMS
+from lab.coverage.curves import base, check_counts, layer, settings, update_map
+from lab.errors import LabError
+from lab.methods import METHODS
+
+
+def made(id: str, d: int, n: int, **options: Any) -> tuple[maps.UpdateMap, Any]:
+    knobs = settings(METHODS[id], d, n).knobs
+    return update_map(METHODS[id], d, knobs, 0, **options), knobs
+
+
+def measured(update: maps.UpdateMap, expected: int) -> tuple[int, int, int]:
+    found = measure.span(update, 1, expected), measure.local(update, 1), measure.one(update, 1)
+    assert all(s.clear for s in found)
+    return tuple(s.rank for s in found)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("id", list(maps.MAPS))
+def test_closed_forms_are_what_is_measured(id: str) -> None:
+    for d, n in ((5, 9), (6, 24), (8, 20), (8, 50), (9, 60)):
+        for start in (False, True) if id == "nola" else (False,):
+            update, knobs = made(id, d, n, start=start)
+            closed = closed_form(id, d, knobs, start=start)
+            assert closed is not None
+            assert update.size == METHODS[id].count_layer(layer(d), knobs)
+            assert measured(update, closed.span) == (closed.span, closed.local, closed.rank), (d, knobs)
+
+
+def test_methods_own_code_has_the_closed_forms_dimensions() -> None:
+    from lab.coverage import _torch_maps
+
+    for id in FORMS:
+        knobs = settings(METHODS[id], 6, 26).knobs
+        closed = closed_form(id, 6, knobs, start=True)  # NOLA's code has its frozen A₀
+        assert closed is not None
+        assert measured(_torch_maps.code(METHODS[id], 6, knobs, 0), closed.span) == (
+            closed.span,
+            closed.local,
+            closed.rank,
+        ), id
+
+
+def test_equations_give_the_numbers_of_the_code() -> None:
+    """NOLA's and PRANC's maps on the bases that their code draws, and NoRA's on W, against the code's own update."""
+    import torch
+
+    from lab import counter
+    from lab.coverage import _torch_maps
+    from lab.methods import _basis
+
+    rng = np.random.default_rng(3)
+    d = 6
+    for id, given in (("nola", {"k": 5, "l": 4, "r": 3}), ("pranc", {"k": 7}), ("nora", {"r_outer": 5, "r_inner": 2})):
+        method = METHODS[id]
+        knobs: Any = method.knobs.parse(given)
+        code = _torch_maps.code(method, d, knobs, 0)
+        theta = rng.standard_normal((3, code.size))
+        if id == "nola":
+            keys = {side: counter.key("nola", 0, "layer", side) for side in ("a", "b", "a0")}
+            A, B = (_basis.vectors("hadamard", k, keys[s], 3 * d).numpy() for k, s in ((5, "a"), (4, "b")))
+            A0 = counter.uniform(keys["a0"], range(1), range(3 * d))[0].numpy() * d**-0.5
+            ours = maps.nola(d, knobs, 0, (A, B, A0)).delta(theta) / 3  # c/r
+        elif id == "pranc":
+            v = _basis.vectors("uniform", 7, counter.key("pranc", 0, "layer"), d * d)
+            ours = theta @ v.double().numpy()
+        else:  # singular vectors have no sign of their own: compare with X = 0 in their place
+            flipped = torch.from_numpy(maps.weight(d, 0)).float()
+            U, _, Vt = np.linalg.svd(flipped.double().numpy())
+            ours = code.delta(theta)
+            inside = U[:, :5] @ U[:, :5].T @ ours.reshape(-1, d, d) @ Vt[:5].T @ Vt[:5]
+            assert np.allclose(inside.reshape(3, -1), ours, atol=1e-5)
+            assert np.linalg.matrix_rank(ours[0].reshape(d, d), 1e-6) == 4
+            continue
+        assert np.allclose(ours, code.delta(theta), rtol=1e-4, atol=1e-5), id
+
+
+def test_figure_2() -> None:
+    """PRANC grows linearly to one; NOLA with k = l = n/2 has (n/2)² until that is d²."""
+    d, counts = 12, [4, 8, 16, 24, 36, 100, 144]
+    pranc, nola = (curve(id, d, counts) for id in ("pranc", "nola"))
+    assert [p["rank"] for p in pranc] == counts
+    assert [p["rank"] for p in nola] == [min((n // 2) ** 2, d * d) for n in counts]
+    assert [p["coverage"] for p in nola] == [p["closed_form"] for p in nola]
+    assert point("nola", d, 8, start=True)["rank"] == 4 * 5  # A₀ is one more A
+
+
+def test_faster_ways_agree_with_plain_ones() -> None:
+    for id, n in (("nola", 12), ("hira", 40), ("vera", 14), ("pranc", 20)):
+        update, knobs = made(id, 7, n)
+        closed = closed_form(id, 7, knobs)
+        assert closed is not None
+        gram, plain = (measure.span(update, 0, closed.span, gram=g) for g in (True, False))
+        assert gram.rank == plain.rank == measure.span(update, 0).rank == closed.span
+        assert np.allclose(gram.values[: gram.rank], plain.values[: gram.rank], rtol=1e-3)
+        assert measure.span_by_tangents(update, 0, closed.span).rank == closed.span
+        quick = measure.span(update, 0, closed.span, values=False)
+        assert quick.rank == closed.span
+        assert quick.clear
+        assert bool(quick.certified) == (closed.span == 49)
+
+
+def test_a_span_that_is_nearly_everything_is_not_certified() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((60, 40))
+    assert measure.fills(rows)
+    rows[:, 7] = rows[:, 8] * (1 + 1e-9)
+    assert not measure.fills(rows)
+    assert measure.spectrum(rows).rank == 39
+    assert not measure.fills(rows[:39])
+
+
+def test_derivatives() -> None:
+    for id in ("nora", "dora", "loha", "lokr", "pranc", "gralora"):
+        update, _ = made(id, 6, 30)
+        theta = update.draw(np.random.default_rng(1), 1)[0]
+        step = 1e-6 * np.eye(update.size)
+        slope = (update.delta(theta + step) - update.delta(theta - step)) / 2e-6
+        assert np.allclose(update.jacobian(theta), slope, atol=1e-7), id
+
+
+def test_fits_are_as_near_as_can_be() -> None:
+    for id, n in (("lora", 32), ("nora", 20), ("gralora", 32)):
+        update, knobs = made(id, 8, n)
+        goal = fit.target("full", 8, 0)
+        exact, how = fit.error(id, update, knobs, goal, 0)
+        assert "SVD" in how
+        assert exact - 1e-9 <= fit.nonlinear(update, goal, 0, steps=200, starts=4) <= exact * 1.02, id
+    low = fit.target("low", 16, 0)  # of rank 2
+    update, knobs = made("lora", 16, 64)
+    assert fit.error("lora", update, knobs, low, 0)[0] < 1e-12
+    assert point("pranc", 8, 64, target="full")["error"] < 1e-10
+    assert point("pranc", 8, 16, target="full")["error"] == pytest.approx((1 - 16 / 64) ** 0.5, abs=0.12)
+    with pytest.raises(LabError, match="target is one of"):
+        point("lora", 8, 16, target="mine")
+
+
+def test_points_are_the_same_again() -> None:
+    from lab.coverage import curves
+
+    first = point("nola", 9, 14, seed=5)
+    curves._known.clear()
+    again = point("nola", 9, 14, seed=5)
+    assert {k: v for k, v in first.items() if k != "seconds"} == {k: v for k, v in again.items() if k != "seconds"}
+    assert point("nola", 9, 14, seed=6)["spectrum"] != first["spectrum"]
+    assert point("nola", 9, 14, seed=6) is point("nola", 9, 14, seed=6)  # kept
+
+
+def test_settings_are_the_widest() -> None:
+    assert settings(METHODS["nora"], 16, 16).knobs.r_outer == 8
+    assert settings(METHODS["nora"], 16, 16, {"r_inner": 2}).knobs.r_outer == 4
+    nola = settings(METHODS["nola"], 4, 10)
+    assert (nola.knobs.k, nola.knobs.l, nola.knobs.r, nola.count) == (5, 5, 4, 10)
+    assert "floor" in base(METHODS["lora"], 16, 8, None, start=False)[0]["note"]
+
+
+@pytest.mark.parametrize("d", ["1", "65", "x", "-3", "", "7.5", None, True])
+def test_bad_sides(d: Any) -> None:
+    with pytest.raises(LabError, match="d must be a whole number from 2 to 64"):
+        layer(d)
+
+
+def test_bad_counts() -> None:
+    with pytest.raises(LabError, match="1 to 64 parameter counts"):
+        check_counts([], 8)
+    with pytest.raises(LabError, match="at least 1"):
+        check_counts([0], 8)
+    with pytest.raises(LabError, match="more than 4·d²"):
+        check_counts([257], 8)
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["coverage", "--d", "16", "--method", "nola", "--params", "8,16,32", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["method"], r["d"], r["params"], r["rank"], r["coverage"], r["closed_form"]) for r in rows] == [
+        ("nola", 16, 8, 16, 16 / 256, 16 / 256),
+        ("nola", 16, 16, 64, 64 / 256, 64 / 256),
+        ("nola", 16, 32, 256, 1.0, 1.0),
+    ]
+    assert cli.main(["coverage", "--d", "8", "--params", "16", "--method", "lora", "--method", "pranc"]) == 0
+    assert "pranc" in capsys.readouterr().out
+    assert cli.main(["coverage", "--d", "8", "--params", "16", "--method", "vera", "--target", "low"]) == 0
+    assert "Levenberg" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--d", "0"],
+        ["--method", "nothing"],
+        ["--params", "8,x"],
+        ["--set", "lora.r=2", "--method", "nola"],
+        ["--seed", "-1"],
+    ],
+)
+def test_bad_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["coverage", *arguments]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert said.err.count("\n") == 1
+
+
+def test_needs_no_torch() -> None:
+    script = "import sys, lab.coverage as c; c.curve('nola', 8, [4, 8]); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
