@@ -11,87 +11,31 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from lab.errors import LabError
-from lab.jobs import BACKENDS, Orders, child, ensure_worker, processes, warm, workers
-from lab.jobs.local import Local
+from lab.jobs import BACKENDS, child, ensure_worker, processes, workers
 from lab.jobs.table import Table
 from lab.jobs.worker import Worker
-from lab.runs import Run, Store
+from lab.runs import Store
 from lab.tasks import Cancelled
 from tests import queue_task
-
-ME = "me"
-PATIENCE = 45.0  # seconds: the machine may be busy
-
-
-def wait(test: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := test():
-            return value
-        time.sleep(0.02)
-    raise AssertionError(f"waited {seconds:g} s for {what}")
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("LAB_EXTRA_TASKS", "tests.queue_task")
-    monkeypatch.setenv("LAB_HOME", str(tmp_path))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("LAB_MIN_FREE_MB", "0")
-    monkeypatch.delenv("LAB_BACKEND", raising=False)
-    monkeypatch.setattr(workers, "AGAIN_SECONDS", 0.0)
-    yield tmp_path
-    for lock in tmp_path.glob("worker-*.lock"):
-        if pid := processes.holder(lock):
-            os.kill(pid, signal.SIGKILL)
-            wait(lambda lock=lock: not processes.held(lock), "the worker's end")
-
-
-@pytest.fixture
-def store(home: Path) -> Store:
-    return Store(home)
-
-
-def submit(store: Store, owner: str = ME, **spec: Any) -> list[Run]:
-    pictures = [Image.new("RGB", (20, 20), (10 * n, 0, 0)) for n in range(3)]
-    return store.comparison(owner, store.submit(owner, "toy", spec, pictures)).runs
-
-
-def ended(store: Store, run: Run, owner: str = ME) -> Run:
-    return wait(lambda: (r := store.run(owner, run.id)).over and r, f"the end of {run.method}")
-
-
-def at_step(store: Store, run: Run, step: int) -> Run:
-    return wait(lambda: (r := store.run(ME, run.id)).state == "running" and r.step >= step and r, f"step {step}")
-
-
-def drain(home: Path) -> None:
-    """Be the worker, in a process of its own, until the queue is empty."""
-    subprocess.run([sys.executable, "-m", "lab.jobs.worker", "--drain"], check=True, timeout=PATIENCE, cwd=workers.ROOT)
-
-
-def child_pid(run: Run) -> int:
-    return int((run.folder / "pid").read_text())
-
-
-def worker_pid(home: Path) -> int:
-    return wait(lambda: processes.holder(workers.lock_path(home, "local", "main")), "a worker")
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
+from tests.queue_helpers import (  # noqa: F401 - fixtures
+    ME,
+    alive,
+    at_step,
+    child_pid,
+    drain,
+    ended,
+    queue_home,
+    queue_store,
+    submit,
+    wait,
+    worker_pid,
+)
 
 
 def test_runs_are_done_one_after_another_the_base_first(store: Store, home: Path) -> None:
@@ -363,85 +307,3 @@ def test_unknown_backend_is_one_sentence(home: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("LAB_BACKEND", "slurm")
     with pytest.raises(LabError, match="Unknown queue backend 'slurm'"):
         ensure_worker(home)
-
-
-# -- processes forked from one that has imported everything ------------------------------------------------
-def test_forked_and_started_processes_do_the_same(store: Store, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forked = submit(store)[1]
-    drain(home)
-    monkeypatch.setenv("LAB_WARM", "0")
-    started = submit(store)[1]
-    drain(home)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")  # a worker of a GPU: imports happen before it is chosen
-    other = submit(store)[1]
-    drain(home)
-    results = [store.run(ME, run.id).result() for run in (forked, started, other)]
-    assert results[0] == results[1] == results[2]
-    assert results[0]["value"] == queue_task.expected(0, 6)
-
-
-def orders_for(home: Path, run: Run) -> Orders:
-    worker = Worker(home, BACKENDS["local"], "main")
-    worker.table = Table(home)
-    row = worker.table.claim(worker.name)
-    assert row["id"] == run.id
-    orders = worker._orders(row)
-    worker._write_orders(row, orders)
-    return orders
-
-
-def test_cancel_while_everything_is_being_imported(store: Store, home: Path, tmp_path: Path) -> None:
-    orders = orders_for(home, submit(store)[0])
-    nursery = warm.Nursery(home)
-    attempt = warm.WarmAttempt(nursery, orders)
-    attempt.stop()  # it has not even said that it began
-    assert wait(lambda: attempt.poll(), "the end") == -signal.SIGKILL
-    assert not nursery.fit(home)
-    nursery.close()
-
-
-def test_new_code_gets_a_new_process(store: Store, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nursery = warm.Nursery(home)
-    assert nursery.fit(home)
-    assert not nursery.fit(home / "elsewhere")
-    monkeypatch.setattr(warm, "_version", lambda: nursery.version + 1)
-    assert not nursery.fit(home)
-    nursery.close()
-    assert not alive(nursery.process.pid)
-
-
-def test_dead_process_is_replaced(store: Store, home: Path) -> None:
-    local = Local()
-    orders = orders_for(home, submit(store)[0])
-    attempts = []
-    for _ in range(2):
-        attempt = local.start(orders)
-        assert wait(lambda attempt=attempt: attempt.poll() is not None, "the end")
-        attempts.append(attempt.poll())
-        local._nursery.process.kill()
-        local._nursery.process.wait()
-    local.rest()
-    assert attempts == [0, 0]
-    assert json.loads((orders.folder / "outcome.json").read_text())["state"] == "done"
-
-
-# -- several devices ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("visible", "devices"),
-    [("", ["main"]), ("-1", ["main"]), ("0,1", ["0", "1"]), (" 3 ", ["3"]), ("GPU-a1", ["GPU-a1"])],
-)
-def test_devices(monkeypatch: pytest.MonkeyPatch, visible: str, devices: list[str]) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert Local().devices() == devices
-
-
-def test_a_worker_for_each_gpu(store: Store, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    runs = submit(store, steps=5000, seconds=0.05, seeds=[0, 1])[1:]
-    assert ensure_worker(home) == 2
-    seen = set()
-    for run in runs:
-        at_step(store, run, 1)  # both at the same time
-        environment = Path(f"/proc/{child_pid(run)}/environ").read_text().split("\0")
-        seen |= {line for line in environment if line.startswith("CUDA_VISIBLE_DEVICES=")}
-    assert seen == {"CUDA_VISIBLE_DEVICES=4", "CUDA_VISIBLE_DEVICES=5"}

@@ -28,7 +28,7 @@ ATTEMPTS = 3  # a run that crashed or was interrupted this often is failed
 GRACE_SECONDS = 0.7  # between SIGTERM and SIGKILL
 TICK_SECONDS = 0.1
 IDLE_TICK_SECONDS = 0.3
-REST_SECONDS = 60.0  # of idleness, before what is kept ready for the next run is let go
+REST_SECONDS = 300.0  # of idleness, before what is kept ready for the next run is let go
 LATER_SECONDS = 10.0  # before a backend that could not start something is asked again
 STRAY_SECONDS = 30.0  # how often runs of workers that no longer exist are looked for
 
