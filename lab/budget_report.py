@@ -134,7 +134,7 @@ def checked(given: Any) -> dict[str, Any]:
     state["part"] = str(state["part"] or "")[:20]
     state["te"] = state["te"] in (True, 1, "1", "true")
     state["methods"] = _methods(state["methods"])
-    state["budget"] = budget.check_budget(state["budget"]) if state["budget"] not in (None, "", False) else None
+    state["budget"] = None if state["budget"] in (None, "") else budget.check_budget(state["budget"])
     state["batch"] = int(_number(state["batch"], "The batch", 1, memory.MAX_BATCH))
     state["size"] = _number(state["size"], "The sample's size", 0.05, 16)
     if state["precision"] not in memory.BYTES:

@@ -128,7 +128,7 @@ def profile(method: Method, knobs: Any) -> dict[str, float]:
     update of the weight's size."""
     measured = profiles().get(method.id)
     if method.low_rank:
-        return {**dict.fromkeys(TERMS, 0.0), **(measured or {}), "T": -1.0}
+        return {**dict.fromkeys(TERMS, 0.0), "T": -1.0}
     if measured is None:
         return {**dict.fromkeys(TERMS, 0.0), "mn": 1.0}
     rank, default = getattr(knobs, "r", None), getattr(method.knobs(), "r", None)
@@ -158,6 +158,8 @@ def _adapters(rows: Sequence[Row], method: Method, knobs: Any, compute: int, gro
             a_sample += tokens * x.in_
         thin = by_shape[(x.out, x.in_, x.kernel, x.role, x.bias)] if p["T"] < 0 else p["T"]
         a_sample += tokens * (thin + p["Tm"] * x.m + p["Tn"] * x.n)
+        if p["T"] < 0 and method.own:  # the lab's own fold their factors into thin ones in every step
+            always += thin * (x.m + x.n)
         always += p["mn"] * x.m * x.n + p["nn"] * x.n * x.n + p["mm"] * x.m * x.m
     return TRAINED * a_sample, TRAINED * always
 
@@ -172,7 +174,7 @@ def _rank(method: Method, layer: Layer, knobs: Any) -> int:
 def frozen(method: Method, layers: Sequence[Layer], knobs: Any) -> int:
     """Bytes of the adapter's frozen tensors: outer factors and projections; none for most methods."""
     shapes = getattr(method, "shapes", None)
-    if shapes is None:
+    if shapes is None or not method.own:
         return 0
     try:
         sizes = {layer: sum(math.prod(s) for s in shapes(layer, knobs).values()) for layer, _ in budget._shapes(layers)}

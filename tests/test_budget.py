@@ -37,20 +37,21 @@ LLAMA = architectures.shapes(architectures.load("llama3-8b").select("all"))
 def drawn(method: Any, data: st.DataObject, layers: list[Layer]) -> Any:
     """Settings of the method that fit the layers: its size knobs drawn, halved until they do."""
     knobs = method.knobs()
+    values: dict[str, Any] = {}
     for field in budget.knob_fields(method, size=True):
         if isinstance(getattr(knobs, field.name), float):
-            value: Any = data.draw(st.sampled_from([0.25, 0.5, 0.8]), label=field.name)
+            values[field.name] = data.draw(st.sampled_from([0.25, 0.5, 0.8]), label=field.name)
         else:
-            value = data.draw(st.integers(1, 24), label=field.name)
-        knobs = dataclasses.replace(knobs, **{field.name: max(value, field.metadata["low"] or value)})
+            values[field.name] = max(data.draw(st.integers(1, 24), label=field.name), field.metadata["low"] or 1)
+    lows = {f.name: int(f.metadata["low"] or 1) for f in budget.knob_fields(method)}
     for _ in range(8):
         try:
+            knobs = dataclasses.replace(method.knobs(), **values)
             budget.check(method, layers, knobs)
-        except LabError:
-            whole = [f.name for f in dataclasses.fields(knobs) if type(getattr(knobs, f.name)) is int]
-            lows = {f.name: f.metadata.get("low") or 1 for f in dataclasses.fields(knobs)}
-            halved = {n: max(int(lows[n]), getattr(knobs, n) // 2) for n in whole if getattr(knobs, n) > 1}
-            knobs = dataclasses.replace(knobs, **halved)
+        except LabError:  # smaller settings all round: what does not fit is mostly too large, or a limit of another
+            every = {f.name: getattr(knobs, f.name) for f in budget.knob_fields(method)} | values
+            whole = {k: v for k, v in every.items() if type(v) is int and v > 1}
+            values |= {k: max(lows[k], v // 2) for k, v in whole.items()}
         else:
             return knobs
     return None
@@ -206,14 +207,18 @@ def test_solving_for_a_count_finds_it_again(id: str, data: st.DataObject) -> Non
     knobs = drawn(method, data, layers)
     assume(knobs is not None)
     n = budget.count(method, layers, knobs)
-    found = budget.solve(method, layers, n)
+    sizes = {f.name: getattr(method.knobs(), f.name) for f in budget.knob_fields(method, size=True)}
+    try:  # from the default sizes, with whatever else was drawn
+        found = budget.solve(method, layers, n, dataclasses.replace(knobs, **sizes))
+    except LabError:
+        found = budget.solve(method, layers, n, knobs)
     steps = [abs(other - n) for other in neighbours(method, layers, knobs) if other != n]
     assert abs(found.miss) <= max([budget.SAME * n, *steps[:1]])
 
 
 def test_floors_are_told_in_one_sentence() -> None:
     assert budget.solve(METHODS["lora"], GPT2, 94_208).note == "LoRA's floor here is 98,304: rank 1"
-    assert budget.solve(METHODS["nola"], GPT2, 94_208).miss == 32
+    assert abs(budget.solve(METHODS["nola"], GPT2, 94_208).miss) <= 24  # half of one coefficient in 48 layers
     high = budget.solve(METHODS["lora"], GPT2, 10**10)
     assert high.note == f"LoRA's ceiling here is {98_304 * 1024:,}: rank 1024"
 

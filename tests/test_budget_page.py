@@ -1,0 +1,281 @@
+"""The Budget tab: its plain functions, what it copies, and one visit in a real browser."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lab import budget_copy, budget_report
+from lab.errors import LabError
+from lab.methods import METHODS
+from lab.plots import PLOTS
+from lab.ui import budget as tab
+from tests.browser import browser, chromium, server
+
+SMALL = {
+    "arch": "gpt2",
+    "targets": ["q", "v"],
+    "methods": {"lora": {"r": 2}, "nora": {"r_outer": 64}, "nola": {"k": 9}},
+}
+
+
+# -- the report --------------------------------------------------------------------------------------------
+def test_the_default_is_a_worked_example() -> None:
+    report = budget_report.report(budget_report.DEFAULT)
+    assert [row["id"] for row in report["rows"]] == ["lora", "nora", "nola", "dora", "vera"]
+    assert all(row["count"] and not row["error"] for row in report["rows"])
+    assert report["arch"]["floor"] == 1_451_520
+    lora, nola = report["rows"][0], report["rows"][2]
+    assert nola["below_lora"] == pytest.approx(lora["count"] / nola["count"])
+    assert nola["memory"]["training"] > nola["memory"]["adapter"] > 0
+    assert {"curve", "layers", "files"} == set(report["figures"])
+
+
+def test_equal_budget_solves_every_row_and_says_who_cannot() -> None:
+    report = budget_report.report({**SMALL, "budget": 10_000})
+    rows = {row["id"]: row for row in report["rows"]}
+    assert rows["lora"]["note"] == "LoRA's floor here is 36,864: rank 1"
+    assert abs(rows["nola"]["miss"]) <= 12
+    assert rows["nola"]["count"] == 10_000 + rows["nola"]["miss"]
+
+
+def test_settings_that_do_not_fit_are_a_sentence_in_their_row() -> None:
+    report = budget_report.report({**SMALL, "methods": {"lora": {"r": 9999}, "nora": {"r_inner": "four"}, "nola": {}}})
+    lora, nora, nola = report["rows"]
+    assert "9999" in lora["error"]
+    assert "r_inner must be a number" in nora["error"]
+    assert nola["count"]
+    assert all(trace["name"] != "LoRA" for trace in report["figures"]["files"]["data"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"arch": "sdxl"}, "Unknown architecture"),
+        ({"arch": "own-0000"}, "no longer has this architecture"),
+        ({"targets": ["gate"]}, "has no layer called gate"),
+        ({"targets": []}, "No layers were chosen"),
+        ({"blocks": [5, 2]}, "must grow"),
+        ({"blocks": "x"}, "two whole numbers"),
+        ({"methods": {"lorra": {}}}, "Unknown method"),
+        ({"methods": {"lora": {"r": [1]}}}, "must be a number or a short text"),
+        ({"methods": "lora"}, "at most"),
+        ({"budget": 0}, "at least 1"),
+        ({"budget": -1}, "at least 1"),
+        ({"budget": 10**15}, "larger than any model"),
+        ({"batch": 0}, "must be between"),
+        ({"size": "wide"}, "must be a number"),
+        ({"precision": "fp1"}, "precision is one of"),
+    ],
+)
+def test_bad_states(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(LabError, match=said):
+        budget_report.report({**SMALL, **change})
+    assert said.replace("\\", "") in tab.budget_report_({**SMALL, **change})["error"]
+
+
+def test_a_link_brings_the_state_back() -> None:
+    states = [
+        budget_report.DEFAULT,
+        SMALL,
+        {**SMALL, "budget": 5000, "blocks": [1, 4], "batch": 3, "precision": "fp32"},
+    ]
+    states.append({"arch": "sdxl-unet", "te": True, "targets": ["q"], "size": 0.5})
+    states.append({"arch": "clip-vit-b32", "part": "vision", "targets": ["up", "down"]})
+    for state in states:
+        report = budget_report.report(state)
+        again = budget_report.report(budget_report.from_link(report["link"]))
+        assert again["link"] == report["link"]
+        for key in ("rows", "arch", "figures"):
+            assert again[key] == report[key]
+    assert "error" in tab.budget_link({"m": "x" * 3000})
+    assert "error" in tab.budget_link("no query")
+
+
+def test_text_encoders_add_their_layers_and_parameters() -> None:
+    one, two = (
+        budget_report.report({"arch": "sdxl-unet", "te": te, "methods": {"lora": {"r": 1}}}) for te in (False, True)
+    )
+    assert two["arch"]["layers"] - one["arch"]["layers"] == 12 * 4 + 32 * 4
+    extra = 12 * 4 * 2 * 768 + 32 * 4 * 2 * 1280
+    assert two["rows"][0]["count"] - one["rows"][0]["count"] == extra
+
+
+def test_every_method_of_the_registry_can_be_shown() -> None:
+    ids = METHODS.ids()
+    for start in range(0, len(ids), budget_report.MAX_METHODS):
+        chosen = ids[start : start + budget_report.MAX_METHODS]
+        state = {"arch": "tiny-sdxl", "methods": {id: {} for id in chosen}, "budget": 30_000}
+        for row in budget_report.report(state)["rows"]:
+            assert row["count"], (row["id"], row["error"])
+            for spec in row["controls"]:
+                assert spec["low"] <= spec["high"]
+
+
+def test_blocks_add_up_to_the_count() -> None:
+    report = budget_report.report({**SMALL, "methods": {"lora": {}, "vera": {}}})
+    for trace, row in zip(report["figures"]["layers"]["data"], report["rows"], strict=True):
+        assert sum(y or 0 for y in trace["y"]) == row["count"]
+
+
+# -- architectures that a visitor brings ---------------------------------------------------------------------
+def test_a_pasted_table_is_an_architecture_of_the_page() -> None:
+    answer = tab.budget_bring({"kind": "table", "text": "q 64 32 times 3\nup 128 32"})
+    assert (answer["layers"], answer["targets"]) == (4, ["q"])
+    report = budget_report.report({"arch": answer["id"], "targets": answer["targets"], "methods": {"lora": {"r": 1}}})
+    assert report["rows"][0]["count"] == 3 * 96
+    assert report["rows"][0]["memory"]["training"] is None  # a table of shapes does not say what is kept
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"kind": "config", "text": "{"}, "is not JSON"),
+        ({"kind": "config", "text": " " * 2_000_000}, "has 2.0 MB"),
+        ({"kind": "config", "text": '{"a":' * 1000 + "1" + "}" * 1000}, "nested"),
+        ({"kind": "table", "text": "x 1"}, "cannot be read"),
+        ({"kind": "hub", "text": "gpt2"}, "no model's name"),
+        ({"kind": "file", "text": "/etc/passwd"}, "is brought as"),
+        (None, "is brought as"),
+    ],
+)
+def test_what_cannot_be_brought(given: Any, said: str) -> None:
+    assert said in tab.budget_bring(given)["error"]
+
+
+def test_brought_architectures_are_bounded() -> None:
+    shelf = budget_report.Brought(most=2)
+    from lab.architectures import from_table
+
+    first = shelf.add(from_table("q 4 4"))
+    for side in (5, 6):
+        shelf.add(from_table(f"q {side} 4"))
+    with pytest.raises(LabError, match="no longer has"):
+        shelf.get(first)
+
+
+# -- copies ------------------------------------------------------------------------------------------------
+def test_csv_and_markdown_hold_the_numbers() -> None:
+    rows = list(csv.DictReader(io.StringIO(budget_copy.copy(SMALL, "csv"))))
+    assert [row["method"] for row in rows] == ["lora", "nora", "nola"]
+    assert rows[0]["parameters"] == "73728"
+    assert rows[0]["bytes_fp32"] == str(4 * 73728)
+    assert "| LoRA | r = 2 | 73,728 |" in budget_copy.copy(SMALL, "markdown")
+    with pytest.raises(LabError, match="is copied as one of"):
+        budget_copy.copy(SMALL, "xls")
+
+
+def test_command_is_one_that_the_lab_takes() -> None:
+    import shlex
+
+    from lab.cli import parser
+
+    tiny = {
+        "arch": "tiny-sdxl",
+        "targets": ["q", "v"],
+        "methods": {"lora": {"r": 3}, "nora": {"r_outer": 16, "r_inner": 2}},
+    }
+    words = shlex.split(budget_copy.copy(tiny, "command").replace("\\\n", " "))
+    args = parser().parse_args(words[3:])
+    assert (args.command, args.method, args.targets, args.base) == ("subject", ["lora", "nora"], "q,v", "tiny-sdxl")
+    assert {"lora.r=3", "nora.r_outer=16", "nora.r_inner=2"} <= set(args.set)
+    for line in budget_copy.copy(SMALL, "command").splitlines():
+        assert parser().parse_args(shlex.split(line)[3:]).command == "budget"
+
+
+def test_peft_configurations_are_code_that_makes_the_same_adapters() -> None:
+    code = budget_copy.copy(
+        {**SMALL, "targets": ["out"], "methods": {"lora": {"r": 3}, "nora": {"r_outer": 16}, "dora": {}}}, "peft"
+    )
+    ast.parse(code)
+    made: dict[str, Any] = {}
+    exec(code, made)  # our own text, run as a visitor would
+    assert made["lora"].r == 3
+    assert made["dora"].use_dora
+    assert made["nora"].r_outer == 16
+    assert set(made["lora"].target_modules) == {"attn.c_proj"}
+
+
+def test_target_modules_single_out_the_layers() -> None:
+    from lab import architectures
+
+    for id, targets, blocks in (
+        ("sdxl-unet", "attn", None),
+        ("sdxl-unet", "mlp", None),
+        ("roberta-base", "out,down", None),
+    ):
+        arch = architectures.load(id)
+        rows = [row.layer for row in arch.select(targets, blocks=blocks)]
+        assert isinstance(budget_copy.target_modules(rows, [row.layer for row in arch.rows]), list)
+    unet = architectures.load("sdxl-unet")
+    chosen = [row.layer for row in unet.select("q", blocks=(1, 2))]
+    assert isinstance(budget_copy.target_modules(chosen, [row.layer for row in unet.rows]), str)
+
+
+def test_equations_and_the_papers_section() -> None:
+    answer = tab.budget_equations({"L": 32, "q": 2, "n": 4096, "r": 16, "r_out": 2000, "r_in": 16})
+    assert (answer["lora"], answer["nora"]) == (8_388_608, 4_096_000)
+    assert "must be a whole number" in tab.budget_equations({"L": "x"})["error"]
+    page = tab.calculator()
+    assert page.count("<details><summary>NOLA, Table") == 10
+    assert "8 of 8 counts agree" in page
+
+
+@pytest.mark.parametrize("id", ["budget-curve", "budget-layers", "budget-files"])
+def test_plots_draw_with_plotly_too(id: str) -> None:
+    records = [
+        {"method": "lora", "name": "LoRA", "knob": "r", "points": [[1, 10], [2, 20]], "chosen": [1, 10]}
+        | {"blocks": ["block 0", "block 1"], "counts": [5, 5], "bytes": {"fp32": 40, "bf16": 20}}
+    ]
+    assert PLOTS[id].draw(records).data
+    assert PLOTS[id].draw([]) is not None
+
+
+# -- in a browser ------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with server(tmp_path_factory.mktemp("home")) as found:
+        yield found
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (set LAB_CHROMIUM to its path)")
+def test_a_visit(address: str) -> None:
+    """A slider moves everything, the link brings it back, equal budget solves, a bad upload is one sentence."""
+    with browser() as chrome:
+        page = chrome.new_page(viewport={"width": 1280, "height": 1000})
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(f"{address}/?tab=budget")
+        count = page.locator('.bcard[data-method="lora"] .count')
+        count.wait_for(timeout=60_000)
+        before = count.inner_text()
+        assert page.locator(".results tbody tr").count() == 5
+        assert page.locator(".chart svg path").count() >= 5
+        page.locator('[data-knob="lora.r"]').focus()
+        page.keyboard.press("End")
+        page.wait_for_function(
+            "b => document.querySelector('.bcard[data-method=lora] .count').innerText !== b", arg=before
+        )
+        assert count.inner_text() == f"{640 * 1_451_520:,}"
+        assert "m=lora%3Ar%3D640" in page.url
+        page.goto(page.url)
+        page.locator('.bcard[data-method="lora"] .count', has_text="928,972,800").wait_for(timeout=60_000)
+        page.locator(".equal input[type=checkbox]").check()
+        page.locator(".equal input[type=number]").fill("94208")
+        page.locator('.bcard[data-method="lora"] .sub', has_text="LoRA's floor here is 1,451,520: rank 1").wait_for(
+            timeout=60_000
+        )
+        page.locator("details.bring summary").click()
+        page.locator(".drop input").set_input_files(
+            {"name": "config.json", "mimeType": "application/json", "buffer": b"{"}
+        )
+        page.locator(".told .notice.bad", has_text="is not JSON").wait_for(timeout=60_000)
+        page.locator('.copies [data-copy="csv"]').click()
+        page.locator("pre.copied", has_text="times_smaller_than_lora_r1").wait_for(timeout=60_000)
+        assert not problems
