@@ -8,6 +8,7 @@ int32 products wrap modulo 2³² on every backend of torch; a committed checksum
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
@@ -16,6 +17,7 @@ _M1, _M2 = 0x21F0AAAD, 0x735A2D97
 _MASK = 0xFFFFFFFF
 
 
+@functools.lru_cache(maxsize=8192)
 def key(*parts: object) -> int:
     """A 62-bit key from anything printable, e.g. (seed, layer name, "a"): the start of the SHA-256 of its text."""
     text = "\x1f".join(str(p) for p in parts).encode()

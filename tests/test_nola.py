@@ -128,6 +128,20 @@ def test_hadamard_rows_are_nearly_orthogonal_at_any_size():
         assert torch.linalg.matrix_rank(V) == k
 
 
+def test_a_pair_in_one_transform_is_the_same():
+    c = [torch.randn(k, requires_grad=True) for k in (12, 20)]
+    d = [x.detach().clone().requires_grad_() for x in c]
+    g = [torch.randn(size) for size in (200, 150)]
+    pair = _basis.combine_pair(tuple(c), "hadamard", (5, 6), (200, 150), 1 << 20)
+    single = [_basis.combine(x, "hadamard", key, size) for x, key, size in zip(d, (5, 6), (200, 150), strict=True)]
+    for a, b in zip(pair, single, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    torch.autograd.backward(pair, g)
+    torch.autograd.backward(single, g)
+    for a, b in zip(c, d, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_transform_is_walsh_hadamards():
     for a in range(9):
         size = 1 << a
@@ -139,13 +153,13 @@ def test_transform_is_walsh_hadamards():
 
 
 def test_cache_gives_the_same_and_keeps_to_its_limit(monkeypatch):
-    monkeypatch.setattr(_basis, "_cache", _basis._Cache())
+    monkeypatch.setattr(_basis, "cache", _basis.Cache())
     c = torch.randn(20)
     plain = [_basis.combine(c, "uniform", key, 500) for key in range(5)]
     for _ in range(2):
         cached = [_basis.combine(c, "uniform", key, 500, 25_000) for key in range(5)]
         assert all(torch.equal(a, b) for a, b in zip(plain, cached, strict=True))
-    assert _basis._cache.bytes() == 20_000
+    assert _basis.cache.bytes == 20_000
 
 
 # -- NOLA -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -49,6 +50,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         self.layer = describe(name, self.get_base_layer())
         self.adapter_layer_names: tuple[str, ...] = ()
         self.other_param_names: tuple[str, ...] = ("methods", "knobs", "shared")
+        self._containers: list[tuple[str, Any]] = []  # tensor name, where it is held
         self.methods: dict[str, OwnMethod] = {}
         self.knobs: dict[str, Any] = {}
         self.shared: dict[str, dict[str, nn.ParameterDict]] = {}  # held on the tuner model, seen from here
@@ -74,6 +76,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         attribute = self.prefix + name
         if not hasattr(self, attribute):
             setattr(self, attribute, kind())
+            self._containers.append((name, getattr(self, attribute)))
             if kind is nn.ParameterDict:
                 self.adapter_layer_names += (attribute,)
             else:
@@ -82,12 +85,13 @@ class OwnLayer(nn.Module, BaseTunerLayer):
 
     def tensors(self, adapter: str) -> dict[str, torch.Tensor]:
         """An adapter's tensors by name: trained, frozen, shared, and "weight" where the method asks for it."""
-        found = {}
-        for attribute in self.adapter_layer_names + self.other_param_names[3:]:
-            container = getattr(self, attribute)
-            if adapter in container:
-                found[attribute.removeprefix(self.prefix)] = container[adapter]
-        found |= {name: container[adapter] for name, container in self.shared.get(adapter, {}).items()}
+        found: dict[str, torch.Tensor] = {}
+        for name, container in self._containers:  # by the modules' own dictionaries: this runs in every forward pass
+            held = container._parameters if isinstance(container, nn.ParameterDict) else container._buffers
+            if adapter in held:
+                found[name] = held[adapter]
+        for name, container in self.shared[adapter].items():
+            found[name] = container[adapter]
         if self.methods[adapter].uses_weight:
             found["weight"] = self.weight_matrix()
         return found
@@ -127,15 +131,17 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         return delta.reshape(layer.out, layer.in_, *layer.kernel) if layer.kernel else delta
 
     # -- forward ------------------------------------------------------------------------------------------
-    def full_precision(self) -> torch.autocast:
+    def full_precision(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which small products of adapter tensors stay in float32 under autocast."""
-        return torch.autocast(self.get_base_layer().weight.device.type, enabled=False)
+        device = self.weight.device.type
+        return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
     def low_rank(self, x: torch.Tensor, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         """B·(A·x): tokens x (..., n) → (..., m); images through a convolution by A, then 1×1 by B."""
         base = self.get_base_layer()
         if not isinstance(base, nn.Conv2d):
-            return F.linear(F.linear(x, A), B)
+            # By Bᵀ (r, m) in rows: the gradients' thin products are then several times faster than by B in rows.
+            return torch.matmul(F.linear(x, A), B.T.contiguous())
         kernel = A.reshape(A.shape[0], self.layer.in_, *base.kernel_size)
         return F.conv2d(base._conv_forward(x, kernel, None), B[:, :, None, None])
 
@@ -173,6 +179,8 @@ class OwnLayer(nn.Module, BaseTunerLayer):
 
         None where that would lose digits (lower precisions), or where adapters are of low rank or go another way.
         """
+        if not all(self.methods[a].dense(self.layer, self.knobs[a]) for a in adapters):
+            return None
         base = self.get_base_layer()
         if type(base) not in (nn.Linear, nn.Conv2d) or base.weight.dtype != torch.float32 or x.dtype != torch.float32:
             return None
@@ -181,7 +189,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         weight = base.weight
         for adapter in adapters:
             method, knobs = self.methods[adapter], self.knobs[adapter]
-            if type(method).forward is not OwnMethod.forward or not method.dense(self.layer, knobs):
+            if type(method).forward is not OwnMethod.forward:
                 return None
             weight = weight + self._shaped(method.delta(self._seen(adapter), knobs, self.layer))
         return weight

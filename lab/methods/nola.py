@@ -41,7 +41,7 @@ class NolaKnobs(Knobs):
     c: float = knob(1.0, "The update is scaled by c/r.", low=1e-6)
     quant_bits: int = knob(0, "Bits of a stored coefficient: 8, 4, 3, 2, or 0 for no quantisation.", low=0, high=8)
     quant: str = knob("ptq", "Quantise when saving (ptq), or in every forward pass too (qat).", choices=("ptq", "qat"))
-    cache_mib: int = knob(64, "Memory that all layers' uniform bases may keep between steps, in MiB.", low=0)
+    cache_mib: int = knob(64, "Memory that all layers' bases may keep between steps, in MiB.", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,10 +111,11 @@ class Nola(OwnMethod):
         whose = f"{m}x{n}" if knobs.basis == "shared" else layer.name
         keys = {side: counter.key("nola", knobs.seed, whose, side) for side in ("a", "b", "a0")}
         limit = knobs.cache_mib << 20
-        A = _basis.combine(alpha, kind, keys["a"], knobs.r * n, limit)
-        B = _basis.combine(beta, kind, keys["b"], m * knobs.r, limit)
-        A0 = counter.uniform(keys["a0"], range(1), range(knobs.r * n), A.device)[0] * n**-0.5
-        return B.view(m, knobs.r) * (knobs.c / knobs.r), (A + A0).view(knobs.r, n)
+        sizes = (knobs.r * n, m * knobs.r)
+        A, B = _basis.combine_pair((alpha, beta), kind, (keys["a"], keys["b"]), sizes, limit)
+        A0 = _basis.start_factor(keys["a0"], knobs.r, n, A.device, limit)
+        scale = knobs.c / knobs.r
+        return (B if scale == 1 else B * scale).view(m, knobs.r), A.view(knobs.r, n) + A0
 
     def dense(self, layer: Layer, knobs: NolaKnobs) -> bool:
         return layer.kernel is not None

@@ -152,14 +152,12 @@ class Nora(OwnMethod):
         With D_B = B(B'−B'₀) and D_A = (A'−A'₀)A:  B·B'·A'·A − B·B'₀·A'₀·A = D_B·(P₀+D_A) + Q₀·D_A, where Q₀ = B·B'₀
         and P₀ = A'₀·A: exactly zero at the start, and without cancellation near it.
         """
-        from lab.methods._layer import stacked
-
         B, A, s = t["outer_b"], t["outer_a"], knobs.scale
         if not knobs.identity_init:
             return (B @ t["inner_b"]) * s, t["inner_a"] @ A
-        d_b = B @ (t["inner_b"] - t["start_b"])  # (m, i)
-        d_a = (t["inner_a"] - t["start_a"]) @ A  # (i, n)
-        left, right = stacked(d_b, t["start_q"], t["start_p"] + d_a, d_a)
+        from lab.methods._fold import fold
+
+        left, right = fold(t)
         return (left * s if s != 1 else left), right
 
 

@@ -32,10 +32,11 @@ class PrancKnobs(Knobs):
         choices=("auto", "uniform", "hadamard"),
     )
     scale: float = knob(1.0, "Factor s of the update.", low=1e-6)
+    cache_mib: int = knob(64, "Memory that all layers' bases may keep between steps, in MiB.", low=0)
 
 
 class Pranc(OwnMethod):
-    """A weight update as a combination of random vectors: PrancConfig(k, seed, basis, scale)."""
+    """A weight update as a combination of random vectors: PrancConfig(k, seed, basis, scale, cache_mib)."""
 
     id, name, order = "pranc", "PRANC", 4
     paper = Paper("PRANC: Pseudo RAndom Networks for Compacting deep models", "2206.08464")
@@ -43,7 +44,7 @@ class Pranc(OwnMethod):
     summary = "The update is a linear combination of frozen random matrices of the weight's own size."
     equation = r"\mathrm{vec}(\Delta W) = s\sum_{i=1}^{k} \alpha_i v_i"
     knobs = PrancKnobs
-    positional = ("k", "seed", "basis", "scale")
+    positional = ("k", "seed", "basis", "scale", "cache_mib")
     tensors = {"trained": {"alpha": "k"}, "frozen": {"v_i": "k of m × n, from the seed", "W": "m × n"}}
     remark = "One coefficient vector a layer, as in the NOLA paper's comparison; the original has one for the network."
 
@@ -69,7 +70,9 @@ class Pranc(OwnMethod):
         from lab.methods import _basis
 
         key = counter.key("pranc", knobs.seed, layer.name)
-        flat = _basis.combine(t["alpha"], self.kind_of_basis(layer, knobs), key, layer.m * layer.n)
+        flat = _basis.combine(
+            t["alpha"], self.kind_of_basis(layer, knobs), key, layer.m * layer.n, knobs.cache_mib << 20
+        )
         return (flat if knobs.scale == 1 else flat * knobs.scale).view(layer.m, layer.n)
 
 
