@@ -79,20 +79,22 @@ def test_count_is_what_peft_makes_on_random_shapes(
     import torch
 
     method = METHODS[id]
-    layers = [Layer("q", middle, ends, None, "q", bias), Layer("k", ends, middle, None, "k", bias)]
+    layers = [Layer("to_q", middle, ends, None, "q", bias), Layer("to_k", ends, middle, None, "k", bias)]
     knobs = drawn(method, data, layers)
     assume(knobs is not None)
 
     class Net(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q, self.k = torch.nn.Linear(ends, middle, bias=bias), torch.nn.Linear(middle, ends, bias=bias)
+            self.to_q, self.to_k = torch.nn.Linear(ends, middle, bias=bias), torch.nn.Linear(middle, ends, bias=bias)
 
         def forward(self, x: Any) -> Any:
-            return self.k(torch.tanh(self.q(x)))
+            return self.to_k(torch.tanh(self.to_q(x)))
 
     torch.manual_seed(0)
-    assert instantiated(method, Net(), knobs, ["q", "k"], torch.randn(8, ends)) == budget.count(method, layers, knobs)
+    assert instantiated(method, Net(), knobs, ["to_q", "to_k"], torch.randn(8, ends)) == budget.count(
+        method, layers, knobs
+    )
 
 
 @pytest.fixture(scope="module")

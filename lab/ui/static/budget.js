@@ -129,14 +129,14 @@ function paint(slider) {
   const at = (100 * (slider.value - slider.min)) / (slider.max - slider.min || 1);
   slider.style.setProperty("--at", `${at}%`);
 }
-const place = (spec, value) => {
-  if (spec.values.length) return spec.values.reduce((best, v, i) => (Math.abs(v - value) < Math.abs(spec.values[best] - value) ? i : best), 0);
-  return spec.whole ? Math.log(value) : value;
-};
-const value = (spec, at) => {
-  if (spec.values.length) return spec.values[Math.round(at)];
-  return spec.whole ? Math.min(spec.high, Math.max(spec.low, Math.round(Math.exp(at)))) : Math.max(spec.low, Math.round(at * 1000) / 1000);
-};
+/* Where a slider of whole numbers stops: what fits, or numbers growing by a hundredth, each once. */
+function stops(spec) {
+  if (!spec.whole || spec.values.length) return spec.values;
+  const found = [];
+  for (let v = spec.low; v < spec.high; v = Math.max(v + 1, Math.round(v * 1.012))) found.push(v);
+  return [...found, spec.high];
+}
+const place = (list, v) => (list.length ? list.reduce((best, u, i) => (Math.abs(u - v) < Math.abs(list[best] - v) ? i : best), 0) : v);
 function card(row) {
   const node = make("div", { class: "bcard", style: `--c:${row.colour}`, data: { method: row.id } });
   const remove = make("button", { class: "remove", type: "button", ariaLabel: `remove ${row.name}`, title: `remove ${row.name}`, onclick: () => change((s) => { delete s.methods[row.id]; }) }, "×");
@@ -159,12 +159,13 @@ const sizes = (row) => Object.fromEntries(row.controls.map((c) => [c.name, row.k
 function knob(row, spec) {
   const slider = make("input", { type: "range", ariaLabel: `${row.name}: ${spec.name}`, title: spec.help, data: { knob: `${row.id}.${spec.name}` } });
   const logs = spec.whole && !spec.values.length;
-  slider.min = spec.values.length ? 0 : logs ? Math.log(spec.low) : spec.low;
-  slider.max = spec.values.length ? spec.values.length - 1 : logs ? Math.log(spec.high) : spec.high;
-  slider.step = spec.values.length ? 1 : logs ? (Math.log(spec.high) - Math.log(spec.low || 1)) / 400 || 1 : 0.001;
+  const list = (slider.stops = stops(spec));
+  slider.min = list.length ? 0 : spec.low;
+  slider.max = list.length ? list.length - 1 : spec.high;
+  slider.step = list.length ? 1 : 0.005;
   const box = make("input", { type: "number", ariaLabel: `${row.name}: ${spec.name}`, min: spec.low, step: spec.whole ? 1 : "any" });
   slider.addEventListener("input", () => {
-    let v = value(spec, Number(slider.value));
+    const v = list.length ? list[Number(slider.value)] : Math.max(spec.low, Math.round(slider.value * 1000) / 1000);
     box.value = v;
     paint(slider);
     if (JSON.stringify((state.methods[row.id] || {})[spec.name]) !== JSON.stringify(v)) set(row.id, spec.name, v);
@@ -209,7 +210,7 @@ function cards() {
       const line = $(`[data-line="${spec.name}"]`, node), [slider, box] = line.querySelectorAll("input");
       const v = row.knobs[spec.name] ?? (row.error ? (state.methods[row.id] || {})[spec.name] : spec.default);
       if (v === undefined || v === null) continue;
-      if (document.activeElement !== slider) slider.value = place(spec, v);
+      if (document.activeElement !== slider) slider.value = place(slider.stops, v);
       if (document.activeElement !== box) box.value = spec.whole ? v : Math.round(v * 1e4) / 1e4;
       paint(slider);
     }
