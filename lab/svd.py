@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -117,7 +117,7 @@ _folder: Path | None = None
 
 
 @contextlib.contextmanager
-def cached_in(folder: Path) -> Iterator[None]:
+def cached_in(folder: Path) -> Generator[None]:
     """Keep the cache in another folder for a while."""
     global _folder
     before, _folder = _folder, folder

@@ -3,8 +3,7 @@
     python -m lab bench methods                 everything: about half an hour of one core
     python -m lab bench methods --only ours     one part: ours, everyone, embedded, memory, files, starts
 
-Ratios within one run. Step times are CPU seconds of one thread, so that other programs on the machine do not count;
-starts are wall-clock seconds. `--write` puts the tables into lab/bench/methods.md.
+Ratios within one run, of CPU seconds of one thread, so that other programs on the machine do not count. `--write` puts the tables into lab/bench/methods.md.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if getattr(args, name) < 1:
             raise LabError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     parts = {
         "ours": lambda: steps.ours(args.repetitions),
         "embedded": lambda: steps.embedded(args.repetitions),
@@ -50,12 +50,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in args.only or PARTS:
         began = time.perf_counter()
-        torch.set_num_threads(threads if name == "starts" else 1)
         found[name] = parts[name]()
-        torch.set_num_threads(threads)
         print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
         if args.write:
             _write(name, found[name])
+    torch.set_num_threads(threads)
     return found
 
 
@@ -117,16 +116,16 @@ def lines(name: str, found: Any) -> list[str]:
     head = [
         "## NoRA's start on 560 projections of SDXL's shapes",
         "",
-        "Spectra σᵢ ∝ (1 + i/30)^-0.8. Error: sine of the largest angle to the subspace of a double-precision SVD.",
+        "CPU seconds of one thread. Spectra σᵢ ∝ (1 + i/30)^-0.8. Error: sine of the largest angle to the subspace of a double-precision SVD.",
         "",
-        "| r_outer | torch.linalg.svd, s | lab, s | times faster | from the cache, s | error of svd | error of lab | threads |",
-        "|-:|-:|-:|-:|-:|-:|-:|-:|",
+        "| r_outer | torch.linalg.svd, s | lab, s | times faster | from the cache, s | error of svd | error of lab |",
+        "|-:|-:|-:|-:|-:|-:|-:|",
     ]
     for r in found:
         s, e = r["seconds"], r["subspace_error"]
         head.append(
             f"| {r['r_outer']} | {s['svd']:.0f} | {s['lab']:.0f} | {r['speedup']:.2f} | {s['cache']:.1f} |"
-            f" {e['svd']:.1e} | {e['lab']:.1e} | {r['threads']} |"
+            f" {e['svd']:.1e} | {e['lab']:.1e} |"
         )
     return head
 

@@ -110,7 +110,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
 
     def _unmerged_weight(self) -> torch.Tensor:
         if self._kept is not None and self.quantization_backend is None and self._kept[1] is not None:
-            return self._kept[1].to(self.get_base_layer().weight.device)
+            return self._kept[1].to(self.weight.device)
         if self._kept is not None:
             raise LabError(f"Layer {self.layer.name}: unmerge the quantised base before its weight is used.")
         return self.get_base_weight()
@@ -138,7 +138,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
 
     def low_rank(self, x: torch.Tensor, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         """B·(A·x): tokens x (..., n) → (..., m); images through a convolution by A, then 1×1 by B."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if not isinstance(base, nn.Conv2d):
             # By Bᵀ (r, m) in rows: the gradients' thin products are then several times faster than by B in rows.
             return torch.matmul(F.linear(x, A), B.T.contiguous())
@@ -147,7 +147,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
 
     def dense(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """ΔW·x: tokens x (..., n) → (..., m), or the convolution by ΔW."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if not isinstance(base, nn.Conv2d):
             return F.linear(x, delta)
         return base._conv_forward(x, self._shaped(delta), None)
@@ -181,7 +181,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         """
         if not all(self.methods[a].dense(self.layer, self.knobs[a]) for a in adapters):
             return None
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if type(base) not in (nn.Linear, nn.Conv2d) or base.weight.dtype != torch.float32 or x.dtype != torch.float32:
             return None
         if not adapters or torch.is_autocast_enabled(x.device.type) or base._forward_hooks or base._forward_pre_hooks:
@@ -195,7 +195,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         return weight
 
     def _with_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         return base._conv_forward(x, weight, base.bias) if self.layer.kernel else F.linear(x, weight, base.bias)
 
     # -- merging --------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         for adapter in names:
             if not self.methods[adapter].mergeable:
                 raise LabError(f"{self.methods[adapter].name} is no fixed change of the weight: it cannot be merged.")
-            base = self.get_base_layer()
+            base: Any = self.get_base_layer()
             weight = self.get_base_weight()
             delta = self.get_delta_weight(adapter)
             merged = (weight.float() + delta).to(weight.dtype)
@@ -225,7 +225,8 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         if not self.merged or self._kept is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base, (parameter, data) = self.get_base_layer(), self._kept
+        base: Any = self.get_base_layer()
+        parameter, data = self._kept
         if data is None:  # quantised: the whole parameter with its quantisation state
             base.weight = parameter
         else:

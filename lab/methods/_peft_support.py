@@ -129,8 +129,10 @@ def start_of(start: Any, name: str, r: int, alpha: float, options: dict[str, Any
     base.weight = torch.nn.Parameter(weight.clone())
     if start.gradient is not None:
         base._peft_loraga_grad = start.gradient.clone()
-    config = LoraConfig(r=r, lora_alpha=alpha, init_lora_weights=name, **options)
+    settings: dict[str, Any] = {"lora_alpha": alpha, "init_lora_weights": name, **options}
+    config = LoraConfig(r=r, **settings)
+    scaled: dict[str, Any] = {"lora_alpha": alpha}
     with torch.random.fork_rng():
         torch.manual_seed(start.seed)
-        layer = Linear(base, "start", config=config, r=r, lora_alpha=alpha)
+        layer: Any = Linear(base, "start", config=config, r=r, **scaled)
     return layer.lora_B["start"].weight.detach().float(), layer.lora_A["start"].weight.detach().float()

@@ -72,7 +72,8 @@ def gradients(targets: dict[str, nn.Module], calibrate: Callable[[], torch.Tenso
 
         return take
 
-    for name, base in targets.items():
+    for name, module in targets.items():
+        base: Any = module
         if not base.weight.is_floating_point():
             raise LabError(f"Layer {name} is quantised: it has no gradient to start from.")
         before.append((base.weight, base.weight.requires_grad))

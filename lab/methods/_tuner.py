@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -41,7 +41,7 @@ class OwnConfig(PeftConfig):
     seed: int = field(default=0, metadata={"help": "Seed of random starts and bases."})
     stored: bool = field(default=False, metadata={"help": "The file holds the frozen tensors."})
 
-    method = None  # the OwnMethod, set by config_class
+    method: ClassVar[Any] = None  # the OwnMethod, set by config_class
     statistics = None  # layer name → measured tensor, never saved
     target_parameters = None
 
@@ -106,12 +106,12 @@ def _take_positional(config: Any, names: tuple[str, ...]) -> None:
     config.__init__ = init
 
 
-def targets_of(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+def targets_of(model: nn.Module, given: Any) -> dict[str, nn.Module]:
     """Modules of `model` that the configuration's targets match, by name, unwrapped of earlier adapters.
 
     Raises LabError, naming what exists, when nothing matches or when a match cannot carry an adapter.
     """
-    config = _maybe_include_all_linear_layers(config, model)
+    config: Any = _maybe_include_all_linear_layers(given, model)
     if config.target_modules is None:
         raise LabError(f"Name the layers to adapt: target_modules is not set, this model has {_names(model)}.")
     found: dict[str, nn.Module] = {}
@@ -121,9 +121,9 @@ def targets_of(model: nn.Module, config: Any) -> dict[str, nn.Module]:
             describe(name, base)
             found[name] = base
     if not found:
-        given = config.target_modules
-        given = given if isinstance(given, str) else ", ".join(sorted(given))
-        raise LabError(f"No layer matches '{given[:200]}': this model has {_names(model)}.")
+        asked = config.target_modules
+        asked = asked if isinstance(asked, str) else ", ".join(sorted(asked))
+        raise LabError(f"No layer matches '{asked[:200]}': this model has {_names(model)}.")
     return found
 
 
@@ -229,7 +229,7 @@ class OwnModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
         tensors, shared = self._plan.pop(current_key)
         knobs = peft_config.knobs()
@@ -259,9 +259,15 @@ class OwnModel(BaseTuner):
 
     # -- files ------------------------------------------------------------------------------------------------
     @classmethod
-    def _get_adapter_state_dict(cls, model: Any, config: Any, adapter_name: str, state_dict: Any, **kwargs: Any) -> Any:
+    def _get_adapter_state_dict(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: Any, unwanted_adapter_names: list[str]
+    ) -> Any:
         found = super()._get_adapter_state_dict(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=state_dict,
+            unwanted_adapter_names=unwanted_adapter_names,
         )
         return _file.seal(cls, model, config, adapter_name, found)
 
@@ -275,7 +281,7 @@ class OwnModel(BaseTuner):
         return _file.check(cls, model, config, adapter_name, mapped, extras)
 
 
-def make_start(layer: Layer, base: nn.Module, seed: int) -> Start:
+def make_start(layer: Layer, base: Any, seed: int) -> Start:
     """What `OwnMethod.init` gets for a layer; the weight is read, dequantised when it is asked for."""
     from peft.utils.quantization_utils import resolve_quantization_backend
 

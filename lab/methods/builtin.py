@@ -52,7 +52,7 @@ class PeftMethod(Method):
         if self.alone and isinstance(model, PeftModel):
             raise LabError(f"{self.name} trains one adapter at a time: take the other one off the model first.")
         config: Any = self.config(knobs, targets, seed)
-        inner = model.base_model.model if isinstance(model, PeftModel) else model
+        inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
         layers = support.checked_layers(inner, config, self, knobs)
         kept = support.keep_weights(inner, layers) if self.changes_base else None
         with torch.random.fork_rng():

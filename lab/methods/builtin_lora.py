@@ -108,7 +108,8 @@ class LoraPlus(Lora):
 
     def attach(self, model: Any, knobs: Any, targets: Any, **kwargs: Any) -> Any:
         made = super().attach(model, knobs, targets, **kwargs)
-        made.peft_config[kwargs.get("adapter_name", "default")].loraplus_ratio = knobs.ratio
+        config: Any = made.peft_config[kwargs.get("adapter_name", "default")]
+        config.loraplus_ratio = knobs.ratio
         return made
 
     def optimizer(self, model: Any, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
@@ -215,7 +216,7 @@ class AdaLora(PeftMethod):
     def config(self, knobs: Any, targets: str | list[str], seed: int) -> PeftConfig:
         from peft import AdaLoraConfig
 
-        made = AdaLoraConfig(
+        made: Any = AdaLoraConfig(
             init_r=knobs.init_r,
             target_r=knobs.target_r,
             lora_alpha=knobs.init_r,

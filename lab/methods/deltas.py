@@ -34,7 +34,8 @@ def deltas(model: PeftModel, adapter: str = "default") -> dict[str, Delta]:
     if adapter not in model.peft_config:
         raise LabError(f"There is no adapter '{adapter}': the model has {', '.join(model.peft_config)}.")
     found = {}
-    for name, layer in model.base_model.model.named_modules():
+    inner: Any = model.base_model.model
+    for name, layer in inner.named_modules():
         if isinstance(layer, BaseTunerLayer) and _carries(layer, adapter):
             found[name] = _own(layer, adapter) if hasattr(layer, "methods") else _pefts(layer, adapter)
     return found

@@ -85,7 +85,8 @@ class Nora(OwnMethod):
         return min(knobs.r_inner * (2 if knobs.identity_init else 1), self.outer_rank(layer, knobs))
 
     def need(self, knobs: NoraKnobs) -> Need:
-        return {"activation": "activations", "gradient": "gradient"}.get(knobs.outer, "")  # type: ignore[return-value]
+        needs: dict[str, Need] = {"activation": "activations", "gradient": "gradient"}
+        return needs.get(knobs.outer, "")
 
     def stores(self, knobs: NoraKnobs) -> bool:
         return knobs.save_outer or self.need(knobs) != ""
