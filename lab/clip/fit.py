@@ -21,7 +21,7 @@ from lab.methods import Method
 from lab.tasks import Report
 from lab.train import Settings, train
 
-CHECKS = 10  # how often validation is asked during training
+CHECKS, APART = 10, 8  # how often validation is asked during training, and the fewest steps in between
 KEPT = "method:"
 NO_CLIP = 1e9  # a gradient norm that is never reached
 
@@ -171,7 +171,7 @@ def fit(
             max_norm=recipe.max_norm or NO_CLIP,
             weight_decay=recipe.weight_decay,
             checkpoint_every=max(50, length // 4),
-            preview_every=max(1, length // CHECKS),
+            preview_every=min(length, max(APART, length // CHECKS)),
         )
         watched = _Sgd(method) if recipe.optimizer == "sgd" else method
 

@@ -71,11 +71,11 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "short": Preset(
         "Short, for processors",
-        Recipe((3e-3,), steps=60, batch=16, weight_decay=0.01, max_norm=1.0),
+        Recipe((3e-3,), steps=48, batch=16, weight_decay=0.01, max_norm=1.0),
         published=False,
         crop=(0.6, 1.0),
         extra_views=3,
-        summary="60 steps of 16 pictures; learning rates from a sweep on the embedded model's validation pictures.",
+        summary="48 steps of 16 pictures; learning rates from a sweep on the embedded model's validation pictures.",
     ),
     "clip-lora": Preset(
         "CLIP-LoRA's",

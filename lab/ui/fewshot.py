@@ -67,7 +67,11 @@ def _form() -> Form:
             skip = gr.Checkbox(False, label="Leave out pictures that cannot be read")
             with gr.Accordion("Class names and template", open=False):
                 made["classes"] = gr.Textbox(
-                    label="Class names", info="One a line, in this order; the model reads them.", lines=6, max_lines=14
+                    "\n".join(class_names(EMBEDDED)),
+                    label="Class names",
+                    info="One a line, in this order; the model reads them.",
+                    lines=6,
+                    max_lines=14,
                 )
                 made["template"] = gr.Textbox(
                     datasets.resolve(EMBEDDED).template,

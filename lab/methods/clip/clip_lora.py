@@ -39,7 +39,7 @@ class ClipLora(ClipMethod):
     )
     knobs = ClipLoraKnobs
     inputs = "pixels"
-    short = Recipe((5e-3,), steps=60, batch=16, weight_decay=0.01, max_norm=1.0)
+    short = Recipe((5e-3,), steps=48, batch=16, weight_decay=0.01, max_norm=1.0)
     published = Recipe((2e-4,), steps_per_shot=500, batch=32, weight_decay=0.01)
 
     def build(self, episode: Episode, knobs: ClipLoraKnobs) -> Head:

@@ -38,7 +38,7 @@ class CoCoOp(ClipMethod):
         "Batches of 8 in the short recipe (official: 1); features are computed once for a few random crops.",
     )
     knobs = CoCoOpKnobs
-    short = Recipe((5e-3,), steps=60, batch=8)
+    short = Recipe((5e-3,), steps=40, batch=8)
     published = Recipe((2e-3,), epochs=10, batch=1, optimizer="sgd", weight_decay=5e-4)
 
     def build(self, episode: Episode, knobs: CoCoOpKnobs) -> Head:

@@ -26,7 +26,7 @@ class Full(ClipMethod):
     equation = r"W' = W + \Delta W,\ \Delta W \in \mathbb{R}^{m \times n}"
     inputs = "pixels"
     needs_text = False
-    short = Recipe((3e-5,), steps=60, batch=16, weight_decay=0.01, max_norm=1.0)
+    short = Recipe((3e-5,), steps=48, batch=16, weight_decay=0.01, max_norm=1.0)
     published = Recipe((1e-5, 1e-4), epochs=50, batch=32, weight_decay=0.01, warmup=50)
 
     def build(self, episode: Episode, knobs: Any) -> Head:

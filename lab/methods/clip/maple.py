@@ -39,7 +39,7 @@ class Maple(ClipMethod):
     )
     knobs = MapleKnobs
     inputs = "pixels"
-    short = Recipe((5e-3,), steps=60, batch=16, max_norm=1.0)
+    short = Recipe((5e-3,), steps=48, batch=16, max_norm=1.0)
     published = Recipe((3.5e-3,), epochs=50, batch=4, optimizer="sgd", weight_decay=5e-4)
 
     def build(self, episode: Episode, knobs: MapleKnobs) -> Head:

@@ -65,7 +65,7 @@ class PlotPlusPlus(ClipMethod):
     )
     knobs = PlotKnobs
     inputs = "pixels"
-    short = Recipe((5e-3,), steps=40, batch=8, max_norm=1.0)
+    short = Recipe((5e-3,), steps=24, batch=8, max_norm=1.0)
     published = Recipe((2e-3,), epochs=100, batch=32, optimizer="sgd", weight_decay=5e-4)
 
     def build(self, episode: Episode, knobs: PlotKnobs) -> Head:
