@@ -216,3 +216,109 @@ def test_bad_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
 def test_needs_no_torch() -> None:
     script = "import sys, lab.coverage as c; c.curve('nola', 8, [4, 8]); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
+
+
+# -- the tab ---------------------------------------------------------------------------------------------------
+def values(**given: Any) -> dict[str, Any]:
+    return {"d": 6, "m": ["pranc", "nola", "lora"], "upto": 1, "n": "", "show": "coverage", "seed": 0, **given}
+
+
+def test_tab_draws_closed_forms_first_and_points_after() -> None:
+    from lab.ui.coverage import drawn
+
+    steps = list(drawn(values()))
+    first, last = steps[0], steps[-1]
+    assert [t.name for t in first[0].data] == ["PRANC", "PRANC", "NOLA", "NOLA", "LoRA", "LoRA"]
+    assert first[0].data[0].mode == "lines"
+    assert first[0].data[1].x == (None,)
+    assert "Measuring" in first[1]
+    points = last[0].data[1]
+    assert all(y == pytest.approx(x / 36) for x, y in zip(points.x, points.y, strict=True))
+    assert "span 36 of 36 = 1" in points.text[-1]
+    assert "k = 36" in points.text[-1]
+    assert 'class="r num other"' not in last[2]  # every measurement is its closed form
+    assert "python -m lab coverage --d 6 --method pranc --method nola --method lora --params 2," in last[2]
+
+
+@pytest.mark.parametrize("show", ["local", "rank", "error-full", "error-low"])
+def test_tab_shows_every_measure(show: str) -> None:
+    from lab.ui.coverage import drawn
+
+    for step in drawn(values(show=show, log=True)):
+        last = step
+    named = {t.name for t in last[0].data}
+    assert named == {"PRANC", "NOLA", "LoRA"}
+    assert all(min(t.y) >= 0 for t in last[0].data if t.y)
+    if show == "error-full":
+        assert last[0].data[0].y[-1] < 1e-6  # PRANC with d² vectors reaches everything
+        assert "least squares" in last[2]
+
+
+def test_tab_says_what_does_not_fit() -> None:
+    from lab.ui.coverage import drawn
+
+    for bad in ({"d": 99}, {"m": ["nothing"]}, {"n": "3, x"}, {"show": "all"}, {"upto": "many"}, {"seed": -1}):
+        (only,) = drawn(values(**bad))
+        assert 'role="alert"' in only[1]
+
+
+def test_link_reproduces_the_view() -> None:
+    from lab.coverage import report
+    from lab.ui.coverage import NAMES, landed
+
+    asked = report.view(values(n="4, 9 16", show="error-low", a0=True, log=True, seed=7))
+    assert asked.counts == (4, 9, 16)
+    again = report.view(asked.link())
+    assert again == asked
+    assert report.View().link() == {"d": "16"}
+    assert report.view(report.View(d=8).link()) == report.View(d=8)
+    shown = dict(zip([*NAMES, "open"], landed({"tab": "coverage", **asked.link()}), strict=True))
+    assert shown["m"] == ["pranc", "nola", "lora"]
+    assert shown["n"] == "4, 9, 16"
+    assert shown["open"] is True
+    assert landed({"tab": "budget"})[-1] is False
+
+
+def test_csv_and_spectrum() -> None:
+    import csv
+    import io
+
+    from lab.coverage import report
+    from lab.ui.coverage import one_spectrum
+
+    asked = report.view(values(n="4,8", m="nola,pranc"))
+    *_, answer = report.answers(asked)
+    rows = list(csv.DictReader(io.StringIO(report.as_csv(answer))))
+    assert [(r["method"], r["params"], r["rank"], r["closed_form_rank"]) for r in rows] == [
+        ("nola", "4", "4", "4"), ("nola", "8", "16", "16"), ("pranc", "4", "4", "4"), ("pranc", "8", "8", "8"),
+    ]  # fmt: skip
+    figure = one_spectrum(values(n="4,8"), "nola 8")
+    span = figure.data[0]
+    assert sum(y > 1e-6 for y in span.y) == 16
+    assert max(span.y) == 1
+    assert len(one_spectrum(values(), "nothing")["data"]) == 0
+
+
+def test_other_methods_are_measured_by_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lab.coverage import apart, report
+
+    asked = []
+
+    def run(arguments: list[str]) -> list[dict[str, Any]]:
+        asked.append(arguments)
+        return curve("ia3", 6, [6])
+
+    monkeypatch.setattr(apart, "_run", run)
+    view = report.view(values(m="oft,pranc"))
+    *_, answer = report.answers(view)
+    assert asked[0][:5] == ["coverage", "--d", "6", "--method", "oft"]
+    assert {r["method"] for r in answer.rows} == {"ia3", "pranc"}
+    list(report.answers(view))
+    assert len(asked) == 1  # kept
+
+
+def test_a_failing_process_is_told_in_its_own_sentence() -> None:
+    from lab.coverage import apart
+
+    with pytest.raises(LabError, match="Unknown method 'nop'"):
+        apart.curve("nop", 6, [4])

@@ -28,7 +28,19 @@ def needed(id: str) -> bool:
 def curve(id: str, d: int, counts: Sequence[int], *, seed: int = 0, target: str = "") -> list[dict[str, Any]]:
     """The records of `lab.coverage.curve`, with spectra. Raises LabError in the measuring process's own sentence."""
     numbers = ",".join(map(str, counts))
-    arguments = ["coverage", "--d", str(d), "--method", id, "--params", numbers, "--seed", str(seed), "--json", "--spectra"]
+    arguments = [
+        "coverage",
+        "--d",
+        str(d),
+        "--method",
+        id,
+        "--params",
+        numbers,
+        "--seed",
+        str(seed),
+        "--json",
+        "--spectra",
+    ]
     if target:
         arguments += ["--target", target]
     key = " ".join(arguments)

@@ -38,9 +38,8 @@ def layer(d: Any) -> Layer:
 def settings(method: Method, d: int, n: Any, given: dict[str, Any] | None = None) -> budget.Solution:
     """Settings of the method with the number of trained numbers nearest to n on a d×d layer.
 
-    What is `given` stays. Where n leaves a choice, the one with the widest span is taken: NoRA's r_inner as small as n
-    allows (r_outer is then largest), TinyLoRA's r with r² ≥ u; NOLA's k = l by the solver, with the paper's uniform
-    basis. Ranks that cost nothing are held at d or below. Raises LabError when the method fits no such layer.
+    What is `given` stays. Where n leaves a choice, the one with the widest span is taken: NoRA's r_outer as large as n
+    or d allows, then its r_inner, never above n; TinyLoRA's r with r² ≥ u; NOLA's k = l with the paper's uniform basis. Ranks that cost nothing are held at d or below. Raises LabError when the method fits no such layer.
     """
     one, given = [layer(d)], dict(given or {})
     fixed = list(given)
@@ -48,12 +47,17 @@ def settings(method: Method, d: int, n: Any, given: dict[str, Any] | None = None
     names = {f.name: f for f in budget.knob_fields(method)}
     if method.id == "nola":
         given.setdefault("basis", "uniform")
-    if method.id == "nora":
-        if "r_inner" not in given:
-            given["r_inner"] = min(d, max(1, -(-number // (2 * d))))
-            fixed.append("r_inner")
+        if not {"k", "l"} & set(given) and number > 1:
+            given |= {"k": number // 2, "l": number - number // 2}
+    if method.id == "pranc":
+        given.setdefault("k", number)
+    if method.id == "nora" and "r_outer" not in given:
+        if "r_inner" not in given:  # the widest within n: r_outer first, as far as d, then r_inner
+            given["r_inner"] = min(d, max(1, number // (2 * d)))
+            given["r_outer"] = min(d, max(1, number // 2))
+            return _as_given(method, one[0], number, method.knobs.parse(given))
         inner = max(1, int(given["r_inner"]))
-        given.setdefault("r_outer", min(d, max(inner, number // (2 * inner))))
+        given["r_outer"] = min(d, max(inner, number // (2 * inner)))
     if method.id == "tinylora" and "r" not in given:
         given["r"] = min(d, max(1, math.isqrt(number - 1) + 1))
     if method.id == "gralora" and "blocks" not in given:
@@ -69,7 +73,19 @@ def settings(method: Method, d: int, n: Any, given: dict[str, Any] | None = None
             and isinstance(field.default, int)
         ):
             given[name] = min(field.default, d)
-    return budget.solve(method, one, number, method.knobs.parse(given), fixed=fixed)
+    knobs = method.knobs.parse(given)
+    try:  # the solver's own answer where it is known beforehand: a curve asks for many
+        if method.id in ("nola", "pranc") and method.count_layer(one[0], knobs) == number:
+            return _as_given(method, one[0], number, knobs)
+    except LabError:
+        pass
+    return budget.solve(method, one, number, knobs, fixed=fixed)
+
+
+def _as_given(method: Method, one: Layer, n: int, knobs: Any) -> budget.Solution:
+    budget.check(method, [one], knobs)
+    count = method.count_layer(one, knobs)
+    return budget.Solution(knobs, count, count - n)
 
 
 def check_counts(counts: Sequence[Any], d: int) -> list[int]:

@@ -11,17 +11,18 @@ from typing import Any
 
 from lab import budget
 from lab.coverage import apart, curves
+from lab.coverage.closed import FORMS
 from lab.coverage.curves import Record
 from lab.errors import LabError
 from lab.methods import METHODS
 from lab.registry import unknown
 
 WHAT = {
-    "coverage": "Span (NOLA's Figure 2)",
+    "coverage": "Span (Figure 2)",
     "local": "Degrees of freedom",
     "rank": "Rank of one update",
-    "error-full": "Error on a full-rank target",
-    "error-low": "Error on a low-rank target",
+    "error-full": "Fit, full-rank target",
+    "error-low": "Fit, low-rank target",
 }
 KEYS = {"coverage": ("coverage", "closed_form"), "local": ("local_dimension", "local_closed_form"),
         "rank": ("update_rank", "update_rank_closed_form"), "error": ("error", "")}  # fmt: skip
@@ -149,7 +150,7 @@ def answers(asked: View) -> Iterator[Answer]:
 
 def _line(asked: View, id: str) -> list[list[float]]:
     key = KEYS[asked.kind][1]
-    if not key:
+    if not key or id not in FORMS:
         return []
     counts = asked.wanted()
     low, high = counts[0], counts[-1]
@@ -200,7 +201,9 @@ def words(record: Record) -> str:
     method = METHODS[record["method"]]
     names = {f.name for f in budget.knob_fields(method, size=True)} | {"r", "rank", "block", "blocks"}
     return ", ".join(
-        f"{k} = {v:g}" for k, v in record["knobs"].items() if k in names and isinstance(v, (int, float)) and v is not True
+        f"{k} = {v:g}"
+        for k, v in record["knobs"].items()
+        if k in names and isinstance(v, (int, float)) and v is not True
     )
 
 
@@ -212,8 +215,8 @@ def spectrum(asked: View, id: str, n: int) -> Record:
     return curves.point(id, asked.d, n, seed=asked.seed, start=asked.start)
 
 
-COLUMNS = ("method", "d", "params", "trainable_parameters", "rank", "coverage", "closed_form", "local_dimension",
-           "local_closed_form", "update_rank", "update_rank_closed_form", "error", "fitted_by", "settings", "samples",
+COLUMNS = ("method", "d", "params", "trainable_parameters", "rank", "coverage", "closed_form", "closed_form_rank",
+           "local_dimension", "local_closed_form", "update_rank", "update_rank_closed_form", "error", "fitted_by", "settings", "samples",
            "smallest_kept", "largest_dropped", "tolerance", "seed", "seconds", "note")  # fmt: skip
 
 
@@ -226,5 +229,3 @@ def as_csv(answer: Answer) -> str:
         full = {**row, "seed": answer.view.seed, "settings": words(row).replace(" = ", "=").replace(", ", " ")}
         writer.writerow(["" if full.get(name) is None else full[name] for name in COLUMNS])
     return out.getvalue()
-
-
