@@ -99,6 +99,7 @@ class LoraPlusKnobs(LoraKnobs):
 
 class LoraPlus(Lora):
     id, name, order = "lora-plus", "LoRA+", 22
+    learning_rate = 0.0005
     paper = Paper("LoRA+: Efficient Low Rank Adaptation of Large Models", "2402.12354")
     kind = "optimizer"
     summary = "LoRA whose second factor learns faster than its first."

@@ -95,6 +95,7 @@ class Hra(PeftMethod):
 
 class Psoft(PeftMethod):
     id, name, order = "psoft", "PSOFT", 53
+    learning_rate = 0.005
     paper = Paper("Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation", "2505.11235")
     kind = "multiplicative"
     summary = "Rotates and scales the weight inside the subspace of its leading singular vectors."
@@ -123,6 +124,7 @@ class RoadKnobs(Knobs):
 
 class Road(PeftMethod):
     id, name, order = "road", "RoAd", 54
+    learning_rate = 0.003
     paper = Paper(
         "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability", "2409.00119"
     )
@@ -146,6 +148,7 @@ class Road(PeftMethod):
 
 class Ia3(PeftMethod):
     id, name, order = "ia3", "IA³", 55
+    learning_rate = 0.01
     paper = Paper(
         "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", "2205.05638"
     )
@@ -166,6 +169,7 @@ class Ia3(PeftMethod):
 
 class BitFit(PeftMethod):
     id, name, order = "bitfit", "BitFit", 56
+    learning_rate = 0.005
     paper = Paper(
         "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models", "2106.10199"
     )
@@ -212,6 +216,7 @@ class SpectrumKnobs(Knobs):
 
 class FourierFt(PeftMethod):
     id, name, order = "fourierft", "FourierFT", 58
+    learning_rate = 0.05
     paper = Paper("Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", "2405.03003")
     kind = "frequency"
     summary = "The update is the inverse Fourier transform of a few trained coefficients at random places."
@@ -258,6 +263,7 @@ class C3aKnobs(Knobs):
 
 class C3a(PeftMethod):
     id, name, order = "c3a", "C³A", 60
+    learning_rate = 0.1
     paper = Paper("Parameter-Efficient Fine-Tuning via Circular Convolution", "2407.19342")
     kind = "frequency"
     summary = "The update is made of circulant blocks, each given by its first row."

@@ -19,6 +19,7 @@ class VeraKnobs(Knobs):
 
 class Vera(PeftMethod):
     id, name, order = "vera", "VeRA", 40
+    learning_rate = 0.01
     paper = Paper("VeRA: Vector-based Random Matrix Adaptation", "2310.11454")
     kind = "weight update"
     summary = "One frozen random pair for all layers; each layer trains two scaling vectors."
@@ -61,6 +62,7 @@ class VbLoraKnobs(Knobs):
 
 class VbLora(PeftMethod):
     id, name, order = "vb-lora", "VB-LoRA", 42
+    learning_rate = 0.01
     paper = Paper("VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks", "2405.15179")
     kind = "weight update"
     summary = "LoRA whose factors are tiled from mixtures of a bank of short vectors that all layers share."
@@ -125,6 +127,7 @@ class TinyLoraKnobs(Knobs):
 
 class TinyLora(PeftMethod):
     id, name, order = "tinylora", "TinyLoRA", 44
+    learning_rate = 0.01
     paper = Paper("Learning to Reason in 13 Parameters (TinyLoRA)", "2602.04118")
     kind = "weight update"
     summary = "A fixed random projection of a handful of numbers, between the weight's leading singular vectors."
@@ -154,6 +157,7 @@ class UniLoraKnobs(Knobs):
 
 class UniLora(PeftMethod):
     id, name, order = "unilora", "Uni-LoRA", 45
+    learning_rate = 0.005
     paper = Paper("Uni-LoRA: One Vector is All You Need", "2506.00799")
     kind = "weight update"
     summary = "All LoRA factors of the model are looked up, by a fixed hash, in one trained vector."

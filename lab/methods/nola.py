@@ -58,6 +58,7 @@ class Nola(OwnMethod):
     """Low-rank factors as combinations of random bases: NolaConfig(r, k, l, seed, basis, c, quant_bits, quant, cache_mib)."""
 
     id, name, order = "nola", "NOLA", 3
+    learning_rate = 0.01
     paper = Paper("NOLA: Compressing LoRA using Linear Combination of Random Basis", "2310.02556")
     kind = "weight update"
     summary = "LoRA whose factors are linear combinations of frozen random matrices: only the coefficients are trained."

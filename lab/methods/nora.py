@@ -42,6 +42,7 @@ class Nora(OwnMethod):
     """Nested low-rank adaptation: NoraConfig(r_outer, r_inner, scale, outer, identity_init, save_outer)."""
 
     id, name, order = "nora", "NoRA", 2
+    learning_rate = 0.005
     paper = Paper("NoRA: Nested Low-Rank Adaptation for Efficient Fine-Tuning Large Models", "2408.10280")
     kind = "weight update"
     summary = "A small LoRA trained inside a frozen one whose factors are the singular vectors of the weight."
