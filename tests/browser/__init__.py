@@ -37,7 +37,11 @@ def chromium() -> str | None:
 @contextmanager
 def server(home: Path) -> Iterator[str]:
     """`python app.py` on a free port over this home; its address. Page and worker end with the block."""
-    environment = os.environ | {"LAB_HOME": str(home), "LAB_MIN_FREE_MB": "0", "GRADIO_TEMP_DIR": str(home.parent / "cache")}
+    environment = os.environ | {
+        "LAB_HOME": str(home),
+        "LAB_MIN_FREE_MB": "0",
+        "GRADIO_TEMP_DIR": str(home.parent / "cache"),
+    }
     command = [sys.executable, "-u", "app.py", "--host", "127.0.0.1", "--port", "0"]
     page = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
