@@ -36,7 +36,7 @@ def silent(*_args, **_values):
 @pytest.fixture(autouse=True)
 def _home(tmp_path, monkeypatch):
     monkeypatch.setenv("LAB_HOME", str(tmp_path / "home"))
-    for cached in (_fewshot_run.pictures, _fewshot_run.model):
+    for cached in (_fewshot_run.pictures, _fewshot_run.model, _fewshot_run._episode):
         cached.cache_clear()
 
 
@@ -159,7 +159,9 @@ def test_run_leaves_results_that_hold_together(micro, tmp_path):
 @pytest.mark.parametrize("id", ["lora", "linear", "tip-adapter-f", "full"])
 def test_same_seed_same_result_and_trained_classifier_comes_back(micro, tmp_path, id):
     made = spec(methods=[id], shots=[2])
-    first, second = (run(made, tmp_path / name) for name in ("a", "b"))
+    first = run(made, tmp_path / "a")
+    _fewshot_run._episode.cache_clear()
+    second = run(made, tmp_path / "b")
     assert first["shots"][0]["confusion"] == second["shots"][0]["confusion"]
     states = [(tmp_path / name / "shots-2" / "state.safetensors").read_bytes() for name in ("a", "b")]
     assert states[0] == states[1]
@@ -185,6 +187,7 @@ def test_no_test_picture_is_opened_before_everything_is_settled(micro, tmp_path,
         return fitted
 
     monkeypatch.setattr(fitting, "fit", watched)
+    _fewshot_run._episode.cache_clear()
     run(spec(methods=[id], shots=[2]), tmp_path / "a")
     assert seen
     assert not any(key.startswith("test") for key in seen)
@@ -200,6 +203,19 @@ def test_second_look_at_the_test_set_is_a_fault(micro):
     with pytest.raises(RuntimeError, match="looked at twice"):
         fitting.test(method, head, held_out)
     assert not hasattr(episode, "test")
+
+
+def test_methods_leave_the_shared_draw_as_they_found_it(micro, tmp_path):
+    """A method's result does not depend on which methods ran before it in the same process."""
+    made = spec(methods=["taskres", "lora", "full", "tip-adapter-f"], shots=[2])
+    alone = run(made, tmp_path / "alone", TASK.plan(made)[0])
+    for planned in TASK.plan(made):
+        run(made, tmp_path / planned.method, planned)
+    after = run(made, tmp_path / "after", TASK.plan(made)[0])
+    assert _fewshot_run._episode.cache_info().hits > 0
+    assert after["shots"][0]["confusion"] == alone["shots"][0]["confusion"]
+    states = [(tmp_path / name / "shots-2" / "state.safetensors").read_bytes() for name in ("alone", "after")]
+    assert states[0] == states[1]
 
 
 def test_frozen_features_of_the_test_set_are_computed_once(micro, tmp_path):

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     spec = TASKS["fewshot"].check({"methods": args.method, "base": args.base, "preset": "short", "shots": [SHOTS]})
     rows = []
     with mock.patch.object(protocol, "VALIDATION", VALIDATION):
-        drawn = _fewshot_run.episode(spec, SHOTS + VALIDATION, SEED)  # validation pictures are min(shots, VALIDATION)
+        # Validation pictures are min(shots, VALIDATION) a class. The draw is shared: it is cut on a copy.
+        drawn = dataclasses.replace(_fewshot_run.episode(spec, SHOTS + VALIDATION, SEED))
         labels = drawn.train.labels
         keep = [i for i in range(len(labels)) if i % (SHOTS + VALIDATION) < SHOTS]
         drawn.train = dataclasses.replace(drawn.train, pixels=drawn.train.pixels[keep], labels=labels[keep])

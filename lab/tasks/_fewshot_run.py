@@ -71,7 +71,15 @@ def runner(id: str) -> ClipMethod:
 
 
 def episode(spec: dict[str, Any], shots: int, seed: int) -> Episode:
-    """The draw of one run, as the spec says. Raises LabError when a class has too few pictures, or names do not fit."""
+    """The draw of one run, as the spec says, shared by the methods that a process runs one after another: no method
+    changes it. Raises LabError when a class has too few pictures, or names do not fit."""
+    matters = ("base", "dataset", "classes", "template", "encoder", "targets", "preset", "crop", "flip")
+    return _episode(json.dumps({key: spec[key] for key in matters}), shots, seed)
+
+
+@functools.lru_cache(maxsize=5)
+def _episode(text: str, shots: int, seed: int) -> Episode:
+    spec = json.loads(text)
     clip, listing, preset = model(spec["base"]), pictures(spec["dataset"]), PRESETS[spec["preset"]]
     classes = spec["classes"] or listing.classes
     if len(classes) != len(listing.classes):
