@@ -118,13 +118,13 @@ def lines(name: str, found: Any) -> list[str]:
         "",
         "CPU seconds of one thread. Spectra σᵢ ∝ (1 + i/30)^-0.8. Error: sine of the largest angle to the subspace of a double-precision SVD.",
         "",
-        "| r_outer | torch.linalg.svd, s | lab, s | times faster | from the cache, s | error of svd | error of lab |",
-        "|-:|-:|-:|-:|-:|-:|-:|",
+        "| r_outer | torch.linalg.svd, s | in double, s | lab, s | times faster | than double | from the cache, s | error of svd | error of lab |",
+        "|-:|-:|-:|-:|-:|-:|-:|-:|-:|",
     ]
     for r in found:
         s, e = r["seconds"], r["subspace_error"]
         head.append(
-            f"| {r['r_outer']} | {s['svd']:.0f} | {s['lab']:.0f} | {r['speedup']:.2f} | {s['cache']:.1f} |"
+            f"| {r['r_outer']} | {s['svd']:.0f} | {s['svd64']:.0f} | {s['lab']:.0f} | {r['speedup']:.2f} | {r['speedup64']:.2f} | {s['cache']:.1f} |"
             f" {e['svd']:.1e} | {e['lab']:.1e} |"
         )
     return head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -59,6 +60,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._kept: tuple[nn.Parameter, torch.Tensor | None] | None = None  # W while something is merged into it
+        self._kept_state: Any = None  # and, of a quantised W, what belongs to it
 
     # -- tensors ------------------------------------------------------------------------------------------
     def add(
@@ -217,6 +219,7 @@ class OwnLayer(nn.Module, BaseTunerLayer):
                 raise LabError(f"Layer {self.layer.name}: the merged weight is not finite, so nothing was merged.")
             if self._kept is None:
                 self._kept = (base.weight, None if self.quantization_backend else base.weight.data)
+                self._kept_state = (dict(base.weight.__dict__), copy.copy(getattr(base, "state", None)))
             self.set_base_weight(merged)
             self.merged_adapters.append(adapter)
 
@@ -228,7 +231,11 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         base: Any = self.get_base_layer()
         parameter, data = self._kept
         if data is None:  # quantised: the whole parameter with its quantisation state
+            attributes, state = self._kept_state
+            parameter.__dict__.update(attributes)  # bitsandbytes marks the old weight while it makes the new one
             base.weight = parameter
+            if state is not None:
+                base.state = state
         else:
             base.weight.data = data.to(base.weight.device, base.weight.dtype)
         self._kept = None
