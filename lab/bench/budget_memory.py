@@ -179,6 +179,7 @@ SHAPES = [(96, 160, 24), (96, 160, 72), (192, 160, 24), (96, 320, 24), (192, 320
 def kept(id: str, m: int, n: int, tokens: int) -> float:
     """Numbers that one m×n layer's adapter keeps for the backward pass, without its input and its own tensors."""
     import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
 
     from lab.activations import mean_square
 
@@ -199,21 +200,20 @@ def kept(id: str, m: int, n: int, tokens: int) -> float:
     if hasattr(method, "before_step"):
         method.before_step(model, 0, 4)
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), x]}
-    found: dict[int, int] = {}
-    alive = []
+    found: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.layout == torch.strided:
+        if tensor.layout == torch.strided and tensor.untyped_storage()._cdata not in own:
             storage = tensor.untyped_storage()
-            alive.append(storage)
-            if storage._cdata not in own:
-                found[storage._cdata] = storage.nbytes()
+            found[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = model(x + 0.0)
-        alive.append(out)
-    return sum(found.values()) / 4 - tokens * n  # the copy of x that `x + 0.0` made is the layer's input
+    gc.collect()
+    alive = sum(size for storage, size in found.values() if not storage.expired())  # the rest went with its graph
+    del out
+    return alive / 4 - tokens * n  # the copy of x that `x + 0.0` made is the layer's input
 
 
 def fit(ids: list[str]) -> int:
