@@ -59,7 +59,9 @@ def test_what_does_not_fit_is_known() -> None:
     assert ("nola-table-11", "Adapter^L", "230.000M") in odd  # ten times the 23.000M of Table 1
     assert ("nola-table-6", "Full-FT", "5.3M") in odd  # the size of ViT-Ti
     assert all(table.startswith("nola") for table, _, _ in odd)
-    assert not [c for c in EVERY if c.table in ("nola-table-2", "nola-table-3", "nola-table-5", "nola-table-7") and not c.agrees]
+    assert not [
+        c for c in EVERY if c.table in ("nola-table-2", "nola-table-3", "nola-table-5", "nola-table-7") and not c.agrees
+    ]
 
 
 def test_a_number_as_the_paper_writes_it() -> None:
