@@ -56,11 +56,11 @@ def _nora(d: int, knobs: Any) -> Closed:
     """ΔW = U·X·Vᵀ with X = B'A' − B'₀A'₀ of size r_outer×r_outer: X runs over M_{r_inner}, shifted. Differences of its
     members hold all rank-one matrices, so the span is r_outer², and the tangent space that of M_{r_inner} in r_outer
     dimensions. One update has rank r_inner, twice that with the start taken off."""
-    from lab.methods.nora import nora as row
+    from lab.methods.nora import Nora
 
     layer = Layer("layer", d, d)
-    r = row.outer_rank(layer, knobs)
-    return Closed(r * r, knobs.r_inner * (2 * r - knobs.r_inner), row.rank(layer, knobs))
+    r = Nora().outer_rank(layer, knobs)
+    return Closed(r * r, knobs.r_inner * (2 * r - knobs.r_inner), Nora().rank(layer, knobs))
 
 
 def _lora_xs(d: int, knobs: Any) -> Closed:

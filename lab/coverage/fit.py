@@ -51,10 +51,11 @@ def linear(update: UpdateMap, goal: Array) -> float:
 
 def nora(d: int, knobs: Any, goal: Array, seed: int) -> float:
     """U·X·Vᵀ with X + C of rank at most r_inner (C the start value, taken off): the part of T outside of the frames is
-    lost, and inside, X + C is the truncated SVD of UᵀTV + C."""
-    from lab.methods.nora import nora as row
+    lost, and inside, X + C is the truncated SVD of UᵀTV + C. C is of W's size, so the error depends on how large T is beside W
+    (here ‖T‖ = 1, ‖W‖ ≈ √d): a rank that is spent on taking the start off is not there for T."""
+    from lab.methods.nora import Nora
 
-    r, i = row.outer_rank(Layer("layer", d, d), knobs), knobs.r_inner
+    r, i = Nora().outer_rank(Layer("layer", d, d), knobs), knobs.r_inner
     U, S, Vt = np.linalg.svd(weight(d, seed))
     inside = U[:, :r].T @ goal @ Vt[:r].T
     C = np.diag(np.where(np.arange(r) < i, S[:r], 0.0)) if knobs.identity_init else np.zeros((r, r))

@@ -98,9 +98,9 @@ def dora(d: int, knobs: Any, seed: int) -> UpdateMap:
 
 def nora(d: int, knobs: Any, seed: int) -> UpdateMap:
     """U_r·(B'A' − B'₀A'₀)·V_rᵀ over singular vectors of W (any two orthonormal frames give the same dimensions)."""
-    from lab.methods.nora import nora as row
+    from lab.methods.nora import Nora
 
-    r, i = row.outer_rank(Layer("layer", d, d), knobs), knobs.r_inner
+    r, i = Nora().outer_rank(Layer("layer", d, d), knobs), knobs.r_inner
     U, S, Vt = np.linalg.svd(weight(d, seed))
     root = np.diag(np.sqrt(S[:r]))
     C = root[:, :i] @ root[:i] if knobs.identity_init else 0.0
@@ -186,7 +186,9 @@ def lokr(row: Lokr) -> Callable[[int, Any, int], UpdateMap]:
     def made(d: int, knobs: Any, seed: int) -> UpdateMap:
         m1, m2, n1, n2, _, full = row.shapes(Layer("layer", d, d), knobs)
         r = 0 if full else knobs.r
-        shapes = {"C": (m1, n1)} | ({"D": (m2, n2)} if full else {"Db": (m2, r), "Da": (r, n2)})
+        shapes: dict[str, tuple[int, ...]] = {"C": (m1, n1)} | (
+            {"D": (m2, n2)} if full else {"Db": (m2, r), "Da": (r, n2)}
+        )
 
         def formula(t: dict[str, Array]) -> Array:
             D = t["D"] if full else t["Db"] @ t["Da"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ TOLERANCE = (
 )
 UPDATES = 4  # single updates of which the one of highest rank is taken
 EXTRA = 8  # samples beyond the dimension that is expected: they must all fall into the span already found
-CHUNK = 1 << 22  # numbers of updates held at once
+CHUNK = 1 << 21  # numbers of updates held at once
 
 
 @dataclass(frozen=True)
@@ -64,20 +65,26 @@ def _unit(matrix: Array) -> Array:
     return matrix[length[:, 0] > 0] / length[length[:, 0] > 0]
 
 
-def fills(matrix: Array) -> bool:
-    """Whether the rows (N, D) span all D dimensions, with every singular value above ten times the tolerance.
+def fills(parts: Iterable[Array]) -> bool:
+    """Whether the rows of all parts (N, D) span all D dimensions, with every singular value above ten times the tolerance.
 
     The Gram matrix less the square of that bound has a Cholesky factor if and only if no eigenvalue is below it
-    (Sylvester): a tenth of the time of the eigenvalues, and the usual case at the right end of a curve.
+    (Sylvester): a tenth of the time of the eigenvalues, and the usual case at the right end of a curve. Holds the Gram
+    matrix and one part at a time.
     """
-    rows = _unit(matrix)
-    if len(rows) < matrix.shape[1]:
+    gram, many = np.zeros((0, 0)), 0
+    for part in parts:
+        rows = _unit(part)
+        gram = rows.T @ rows if not many else np.add(gram, rows.T @ rows, out=gram)
+        many += len(rows)
+    if many < len(gram) or not many:
         return False
-    gram, x = rows.T @ rows, np.ones(matrix.shape[1])
+    x = np.ones(len(gram))
     for _ in range(12):  # the largest eigenvalue, from below, in the end doubled: a stricter bound is no wrong one
         x = gram @ (x / np.linalg.norm(x))
+    gram[np.diag_indices(len(gram))] -= 2 * np.linalg.norm(x) * (10 * TOLERANCE) ** 2
     try:
-        np.linalg.cholesky(gram - 2 * np.linalg.norm(x) * (10 * TOLERANCE) ** 2 * np.eye(len(gram)))
+        np.linalg.cholesky(gram)
     except np.linalg.LinAlgError:
         return False
     return True
@@ -106,21 +113,25 @@ def span(
     rng = generator(seed, "samples", update.d, update.size)
     most = whole + max(EXTRA, whole // 8)
     want = min(most, (expected + max(EXTRA, expected // 8)) if expected else 4 * update.size + EXTRA)
+    if not values and expected == whole and fills(_parts(update, rng, want)):
+        return Spectrum(np.zeros(0), want, whole)
     rows = np.empty((0, whole))
     while True:
         rows = np.concatenate((rows, _drawn(update, rng, want - len(rows))))
-        if not values and expected == whole and fills(rows):
-            return Spectrum(np.zeros(0), len(rows), whole)
         found = spectrum(rows, gram=gram)
         if len(rows) >= most or found.rank <= len(rows) - EXTRA:
             return found
         want = min(most, 2 * len(rows))
 
 
-def _drawn(update: UpdateMap, rng: np.random.Generator, count: int) -> Array:
+def _parts(update: UpdateMap, rng: np.random.Generator, count: int) -> Iterator[Array]:
     each = max(1, CHUNK // update.d**2)
-    parts = [update.delta(update.draw(rng, min(each, count - i))) for i in range(0, count, each)]
-    return np.concatenate(parts) if parts else np.empty((0, update.d**2))
+    for done in range(0, count, each):
+        yield update.delta(update.draw(rng, min(each, count - done)))
+
+
+def _drawn(update: UpdateMap, rng: np.random.Generator, count: int) -> Array:
+    return np.concatenate([*_parts(update, rng, count), np.empty((0, update.d**2))])
 
 
 def span_by_tangents(update: UpdateMap, seed: int, expected: int) -> Spectrum:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ KEYS = {"coverage": ("coverage", "closed_form"), "local": ("local_dimension", "l
         "rank": ("update_rank", "update_rank_closed_form"), "error": ("error", "")}  # fmt: skip
 DEFAULT_METHODS = ("nola", "pranc", "nora", "lora", "lora-xs", "vera")
 MAX_METHODS = 12
+LARGE_D = 32  # beyond it a full span takes seconds and 0.4 GB: one point at a time, whoever asks
+_large = threading.Lock()
 PAINT_S = 0.5  # a figure is sent no more often while points come in
 
 
@@ -169,12 +173,17 @@ def _points(asked: View, id: str) -> Iterator[Record]:
         found: Any = apart.curve(id, asked.d, counts, seed=asked.seed, target=asked.target)
     else:
         options: Any = {"seed": asked.seed, "start": asked.start, "target": asked.target, "spectra": False}
-        found = (r for n in counts for r in curves.curve(id, asked.d, [n], **options))
+        found = (_point(asked, id, n, options) for n in counts)
     seen = set()
     for record in found:
         if record["trainable_parameters"] not in seen:
             seen.add(record["trainable_parameters"])
             yield record
+
+
+def _point(asked: View, id: str, n: int, options: dict[str, Any]) -> Record:
+    with _large if asked.d > LARGE_D else contextlib.nullcontext():
+        return curves.curve(id, asked.d, [n], **options)[0]
 
 
 def _drawn(asked: View, id: str, line: list[list[float]], rows: list[Record]) -> Record:

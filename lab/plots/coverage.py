@@ -48,7 +48,7 @@ def draw(records: Sequence[dict[str, Any]], *, what: str = "coverage", log: bool
             line={"color": paint, "width": 2},
             marker={
                 "color": paint,
-                "size": 7 + 2 * min(behind, 6),
+                "size": 8 if what == "error" else 7 + 2 * min(behind, 6),
             },
             hovertemplate="%{text}<extra></extra>",
             **shared,

@@ -37,7 +37,7 @@ def draw(records: Sequence[dict[str, Any]], *, tolerance: float = 1e-6) -> go.Fi
                 hovertemplate=f"{name}: number %{{x}}, %{{y:.2g}}<extra></extra>",
             )
     if not records:
-        return _style.note(fig, "Choose a point.")
+        return _style.note(fig, "Choose a point of a span, a dimension or a rank.")
     fig.add_hline(tolerance, line={"dash": "dash", "color": _style.INK, "width": 1.2})
     fig.add_annotation(  # by hand: plotly puts a line's own label in the wrong place on a log axis
         text=f"tolerance {tolerance:.0e}", x=1, xref="paper", xanchor="right", y=math.log10(tolerance), yanchor="bottom",

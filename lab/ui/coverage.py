@@ -31,7 +31,8 @@ SAYS = {
     " n, and falls short of n where several settings of the numbers give one update.",
     "rank": "The matrix rank of one random update.",
     "error": "How near the method comes to a random matrix, as a share of its norm: exact by singular values or least"
-    " squares where that is possible, else the best of two descents (an upper bound).",
+    " squares where that is possible, else the best of two descents (an upper bound). The target has norm 1, W about √d:"
+    " NoRA has to undo its subtracted start, which costs it rank.",
 }
 
 
