@@ -391,7 +391,7 @@ def by_block(method: Method, knobs: Any, picked: Picked, total: int) -> dict[str
         return {"blocks": ["shared"], "counts": [total]}
     by_shape = {(x.out, x.in_, x.kernel, x.role, x.bias): n for x, n in each.items()}
     for number, (_, rows) in enumerate(picked.groups):
-        for row in rows:
+        for row in sorted(rows, key=lambda row: (row.part, row.block)):  # a UNet lists its middle last
             x = row.layer
             tower = f"text encoder {number}" if number else row.part
             label = f"{tower} {row.block}" if tower else f"block {row.block}"

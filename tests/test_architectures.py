@@ -240,7 +240,6 @@ def test_a_name_on_the_hub_without_a_connection(monkeypatch: pytest.MonkeyPatch)
 def test_a_configuration_from_the_hub_is_the_only_file_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     import types
 
-    import httpx
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -250,7 +249,7 @@ def test_a_configuration_from_the_hub_is_the_only_file_fetched(monkeypatch: pyte
 
     def metadata(url: str, **_: object) -> types.SimpleNamespace:
         if not url.endswith("/unet/config.json"):
-            raise EntryNotFoundError("no", response=httpx.Response(404, request=httpx.Request("GET", url)))
+            raise EntryNotFoundError(url)
         return types.SimpleNamespace(size=path.stat().st_size)
 
     def download(repo: str, file: str, **_: object) -> str:
