@@ -7,16 +7,14 @@ The state is what the address bar holds: {"arch", "targets", "blocks", "part", "
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from lab import architectures, budget, memory
 from lab.architectures import Architecture, Row
+from lab.brought import BROUGHT
 from lab.errors import LabError
 from lab.methods import METHODS, Layer, Method
 from lab.plots import budget_curve, budget_files, budget_layers, colour
@@ -38,49 +36,6 @@ ROLES = ("q", "k", "v", "out", "up", "down", "gate", "conv")
 RANKS = ("r", "rank", "r_inner", "init_r")  # knobs that are the update's rank
 MAX_METHODS = 12
 MAX_KNOB = 100_000  # of a slider whose method sets no end
-
-
-# -- architectures that visitors brought -----------------------------------------------------------------
-class Brought:
-    """Uploaded and pasted architectures by a name made from their content; the last few are kept."""
-
-    def __init__(self, most: int = 64) -> None:
-        self._most, self._lock = most, threading.Lock()
-        self._kept: OrderedDict[str, Architecture] = OrderedDict()
-
-    def add(self, arch: Architecture) -> str:
-        content = repr((arch.name, arch.parameters, [row.layer for row in arch.rows]))
-        id = "own-" + hashlib.sha256(content.encode()).hexdigest()[:16]
-        with self._lock:
-            self._kept[id] = dataclasses.replace(arch, id=id)
-            self._kept.move_to_end(id)
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-        return id
-
-    def get(self, id: str) -> Architecture:
-        with self._lock:
-            if id not in self._kept:
-                raise LabError("The page no longer has this architecture: upload its config.json or paste it again.")
-            return self._kept[id]
-
-
-BROUGHT = Brought()
-
-
-def bring(kind: str, text: str, name: str = "") -> str:
-    """Add an architecture from a configuration ("config"), a table ("table") or a Hub id ("hub"); its id.
-
-    Raises LabError in one sentence when it cannot be read.
-    """
-    makers: dict[str, Callable[[], Architecture]] = {
-        "config": lambda: architectures.from_config(text, (name or "uploaded configuration")[:60]),
-        "table": lambda: architectures.from_table(text, "pasted table"),
-        "hub": lambda: architectures.from_hub(text),
-    }
-    if kind not in makers:
-        raise LabError("An architecture is brought as a configuration, a table of shapes, or a model's name.")
-    return BROUGHT.add(makers[kind]())
 
 
 # -- the state -------------------------------------------------------------------------------------------

@@ -149,8 +149,10 @@ def test_what_cannot_be_brought(given: Any, said: str) -> None:
 
 
 def test_brought_architectures_are_bounded() -> None:
-    shelf = budget_report.Brought(most=2)
     from lab.architectures import from_table
+    from lab.brought import Brought
+
+    shelf = Brought(most=2)
 
     first = shelf.add(from_table("q 4 4"))
     for side in (5, 6):

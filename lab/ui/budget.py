@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from lab import architectures, budget_copy, budget_report, memory, papers
+from lab import architectures, brought, budget_copy, budget_report, memory, papers
 from lab.errors import LabError
 from lab.methods import METHODS
 from lab.plots import colour
@@ -64,7 +64,7 @@ def budget_bring(given: Any) -> dict[str, Any]:
 
     def made() -> dict[str, Any]:
         kind, text, name = (str((given or {}).get(k) or "") for k in ("kind", "text", "name"))
-        arch = budget_report.BROUGHT.get(budget_report.bring(kind, text, name))
+        arch = brought.BROUGHT.get(brought.bring(kind, text, name))
         found = {"id": arch.id, "name": arch.name, "parameters": arch.parameters, "layers": len(arch.rows)}
         linear = [t for t in arch.targets if t in ("q", "k", "v", "out")] or arch.targets
         return {**found, "targets": linear}
