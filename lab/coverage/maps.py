@@ -171,6 +171,9 @@ def vera(d: int, knobs: Any, seed: int) -> UpdateMap:
     rng = generator(seed, "vera", d)
     B, A = rng.standard_normal((d, knobs.r)), rng.standard_normal((knobs.r, d))
     shapes = {"b": (d,), "d": (knobs.r,)}
+    if knobs.r * d * d <= 1 << 21:  # one large product, over the r outer products of B's columns and A's rows
+        products = np.einsum("mj,jn->jmn", B, A).reshape(knobs.r, d * d)
+        return UpdateMap(d, shapes, lambda t: t["b"][:, :, None] * (t["d"] @ products).reshape(-1, d, d))
     return UpdateMap(d, shapes, lambda t: t["b"][:, :, None] * ((B * t["d"][:, None, :]) @ A))
 
 
