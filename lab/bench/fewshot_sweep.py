@@ -3,7 +3,6 @@
     python -m lab bench fewshot_sweep --method lora --rates 3e-3,1e-2
 
 Four shots of seed 101, which no reported table uses; validated on eight other training pictures a class.
-`lab/bench/fewshot_sweep.csv` holds what was measured.
 """
 
 from __future__ import annotations

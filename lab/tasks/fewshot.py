@@ -75,7 +75,7 @@ PRESETS: dict[str, Preset] = {
         published=False,
         crop=(0.6, 1.0),
         extra_views=3,
-        summary="48 steps of 16 pictures; learning rates from a sweep on the embedded model's validation pictures.",
+        summary="48 steps of 16 pictures for adapters, one learning rate for all of them; other methods train as briefly.",
     ),
     "clip-lora": Preset(
         "CLIP-LoRA's",
