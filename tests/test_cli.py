@@ -29,7 +29,8 @@ def test_methods_json_is_alone_on_standard_output():
     rows = {row["id"]: row for row in json.loads(done.stdout)["methods"]}
     assert {"lora", "nora"} <= set(rows)
     assert {"id", "name", "kind", "paper", "low_rank", "own"} <= set(rows["nora"])
-    assert rows["nora"]["own"] and not rows["lora"]["own"]
+    assert rows["nora"]["own"]
+    assert not rows["lora"]["own"]
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,9 @@ def sheet(pipe, columns: int = 8, zoom: int = 2):
 def write(folder: Path, sprites: Sprites) -> dict[str, float]:
     """score.json and samples.png in the pipeline's folder; prints the numbers."""
     numbers, _ = score(folder, sprites)
-    (folder / "tiny-sdxl" / "score.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    path = folder / "tiny-sdxl" / "score.json"
+    before = json.loads(path.read_text()).get("start") if path.exists() else None  # scored once, kept for comparison
+    path.write_text(json.dumps(numbers | ({"start": before} if before else {}), indent=1) + "\n")
     sheet(load_pipeline(folder)).save(folder / "tiny-sdxl" / "samples.png", optimize=True)
     card.write(folder / "tiny-sdxl")
     for key, value in numbers.items():
