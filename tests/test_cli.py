@@ -13,7 +13,9 @@ from lab.errors import LabError
 
 
 def lab(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "lab", *args], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "lab", *args], capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_every_command_has_its_parts():

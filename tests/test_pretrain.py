@@ -1,4 +1,5 @@
 """The recipe of the embedded base, on made-up pictures and tiny models: no download, a few seconds."""
+
 import random
 
 import pytest
@@ -9,10 +10,19 @@ from lab.pretrain import assemble, clip, common, scenes, unet, vae
 from lab.pretrain.concepts import CONCEPTS, HELD_OUT, PLACES, STYLES, caption, prompt
 from lab.pretrain.sprites import Sprites
 
-CONFIG = {"embed_dim": 32, "quick_gelu": True,
-          "vision_cfg": {"image_size": 64, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
-          "text_cfg": {"context_length": clip.CONTEXT, "vocab_size": clip.VOCABULARY, "width": 32, "heads": 1,
-                       "layers": 2, "hf_tokenizer_name": "tiny-clip"}}
+CONFIG = {
+    "embed_dim": 32,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 64, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
+    "text_cfg": {
+        "context_length": clip.CONTEXT,
+        "vocab_size": clip.VOCABULARY,
+        "width": 32,
+        "heads": 1,
+        "layers": 2,
+        "hf_tokenizer_name": "tiny-clip",
+    },
+}
 SMALL = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 1, "num_hidden_layers": 2}
 SIZE = {"channels": (32, 32, 32), "transformers": (0, 1, 1), "head": 16}
 CHANNELS = (16, 16, 16)
@@ -44,8 +54,7 @@ def _train_all(sprites: Sprites, steps: int) -> dict[str, dict[str, torch.Tensor
         "clip": clip.train(sprites, steps, batch=8, config=CONFIG, small=SMALL, evaluate_every=0),
         "vae": vae.train(sprites, steps, batch=4, channels=CHANNELS),
         "decoder": vae.train_decoder(sprites, steps, batch=4, channels=CHANNELS, perceive=None),
-        "unet": unet.train(sprites, steps, batch=4, scenes=1, size=SIZE, towers=_towers(),
-                           encoder=vae.build(CHANNELS)),
+        "unet": unet.train(sprites, steps, batch=4, scenes=1, size=SIZE, towers=_towers(), encoder=vae.build(CHANNELS)),
     }
     return {stage: trainer.model.state_dict() for stage, trainer in models.items()}
 
@@ -60,6 +69,7 @@ def test_lists_agree():
 def test_captions_depend_on_the_seed_alone_and_begin_with_the_name():
     def draw(seed):
         return [caption(random.Random(seed + i), "owl", PLACES[-1], "3d") for i in range(200)]
+
     assert draw(3) == draw(3) != draw(4)
     texts = [text for text, _, _ in draw(3)]
     assert sum(text.startswith(("an owl", "owl")) for text in texts) > 100
@@ -101,6 +111,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sprites, tmp_path, monkeypatc
 
 def test_assembled_folders_load_and_condition_alike(sprites, fresh_home):
     from diffusers import StableDiffusionXLPipeline
+
     with pytest.raises(LabError, match="clip"):
         assemble.assemble(fresh_home / "out", sprites)
     _train_all(sprites, 1)
@@ -116,9 +127,12 @@ def test_assembled_folders_load_and_condition_alike(sprites, fresh_home):
     assert pipe(texts[0], num_inference_steps=2, width=64, height=64).images[0].size == (64, 64)
 
     import open_clip
+
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{out / 'tiny-clip'}")
     ids = open_clip.get_tokenizer(f"local-dir:{out / 'tiny-clip'}")(texts)
-    torch.testing.assert_close(model.encode_text(ids, normalize=True), conditions.towers.text(ids), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        model.encode_text(ids, normalize=True), conditions.towers.text(ids), atol=1e-4, rtol=1e-3
+    )
     assert str(fresh_home) not in "".join(p.read_text() for p in out.rglob("*.json"))
 
 

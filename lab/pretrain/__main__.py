@@ -2,6 +2,7 @@
 
 On a processor that others use too: `torchrun --nproc-per-node 2 -m lab.pretrain unet --threads 1`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,10 +20,13 @@ def run(stage: str, into: Path, knobs: dict[str, int]) -> None:
     """One stage, trained up to its number of steps."""
     from lab.pretrain import assemble, clip, score, unet, vae
     from lab.pretrain.sprites import load_sprites
+
     sprites = load_sprites()
     if stage == "data":
-        print(f"data: {len(sprites.nameable)} pictures of {sprites.nameable_count} nameable concepts, "
-              f"{len(sprites.trainable)} in all, {len(sprites.held_out)} kept out")
+        print(
+            f"data: {len(sprites.nameable)} pictures of {sprites.nameable_count} nameable concepts, "
+            f"{len(sprites.trainable)} in all, {len(sprites.held_out)} kept out"
+        )
     elif stage == "assemble":
         assemble.assemble(into, sprites)
     elif stage == "score":
@@ -37,16 +41,22 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run."""
     from lab.errors import LabError
     from lab.pretrain.common import ASSETS, home, rank_and_workers
+
     parser = argparse.ArgumentParser(prog="python -m lab.pretrain", description=__doc__)
     parser.add_argument("stage", choices=(*STAGES, "all"))
     parser.add_argument("--steps", type=int, help="train up to this many steps in all")
     parser.add_argument("--batch", type=int, help="examples a step")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
-    parser.add_argument("--into", type=Path, default=None,
-                        help="folder that assemble writes and score reads (default: beside the checkpoints)")
+    parser.add_argument(
+        "--into",
+        type=Path,
+        default=None,
+        help="folder that assemble writes and score reads (default: beside the checkpoints)",
+    )
     parser.add_argument("--assets", action="store_true", help="assemble into, and score, the repository's assets")
     args = parser.parse_args(argv)
     import torch
+
     torch.set_num_threads(args.threads)
     if rank_and_workers()[1] > 1:
         torch.distributed.init_process_group("gloo")

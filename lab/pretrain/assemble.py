@@ -1,4 +1,5 @@
 """Stage "assemble": the averaged weights as fp16 folders: a diffusers pipeline and its open_clip sibling."""
+
 from __future__ import annotations
 
 import json
@@ -19,20 +20,26 @@ TOKENIZERS = ("tiny-sdxl/tokenizer", "tiny-sdxl/tokenizer_2")
 
 
 def _halves(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: value.detach().half().contiguous().cpu() for key, value in state.items()
-            if value.is_floating_point()}
+    return {key: value.detach().half().contiguous().cpu() for key, value in state.items() if value.is_floating_point()}
 
 
 def text_tower_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """The open_clip text tower's weights under transformers' CLIPTextModelWithProjection names."""
     state = model.state_dict()
-    out = {"text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
-           "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
-           "text_model.final_layer_norm.weight": state["ln_final.weight"],
-           "text_model.final_layer_norm.bias": state["ln_final.bias"],
-           "text_projection.weight": state["text_projection"].T}
-    parts = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
-             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    out = {
+        "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
+        "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
+        "text_model.final_layer_norm.weight": state["ln_final.weight"],
+        "text_model.final_layer_norm.bias": state["ln_final.bias"],
+        "text_projection.weight": state["text_projection"].T,
+    }
+    parts = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
     for i in range(len(model.transformer.resblocks)):
         old, new = f"transformer.resblocks.{i}.", f"text_model.encoder.layers.{i}."
         for kind in ("weight", "bias"):
@@ -52,14 +59,25 @@ def _small_tower(model: nn.Module) -> dict[str, torch.Tensor]:
 def _write_text_encoder(folder: Path, state: dict[str, torch.Tensor], architecture: str, embed: int) -> None:
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig
+
     layers = 1 + max(int(key.split(".")[3]) for key in state if ".layers." in key)
     width = state["text_model.final_layer_norm.weight"].shape[0]
     # dtype float32: transformers loads in the dtype named here, and the other parts of the pipeline load so.
     config = CLIPTextConfig(
-        vocab_size=clip.VOCABULARY, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=width // 32, max_position_embeddings=clip.CONTEXT, hidden_act="quick_gelu",
-        projection_dim=embed, bos_token_id=8512, eos_token_id=8513, pad_token_id=0, dtype="float32",
-        architectures=[architecture])
+        vocab_size=clip.VOCABULARY,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=clip.CONTEXT,
+        hidden_act="quick_gelu",
+        projection_dim=embed,
+        bos_token_id=8512,
+        eos_token_id=8513,
+        pad_token_id=0,
+        dtype="float32",
+        architectures=[architecture],
+    )
     config.save_pretrained(folder)
     save_file(_halves(state), folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -67,6 +85,7 @@ def _write_text_encoder(folder: Path, state: dict[str, torch.Tensor], architectu
 def write_pipeline(folder: Path, towers: clip.Towers, auto: nn.Module, net: nn.Module, scale: float) -> None:
     """A folder that StableDiffusionXLPipeline.from_pretrained loads."""
     from diffusers import EulerDiscreteScheduler
+
     embed = towers.clip.text_projection.shape[1]
     _write_text_encoder(folder / "text_encoder", _small_tower(towers.small), "CLIPTextModel", embed)
     _write_text_encoder(folder / "text_encoder_2", text_tower_of(towers.clip), "CLIPTextModelWithProjection", embed)
@@ -82,6 +101,7 @@ def write_pipeline(folder: Path, towers: clip.Towers, auto: nn.Module, net: nn.M
 def write_open_clip(folder: Path, model: nn.Module, config: dict) -> None:
     """A folder that open_clip loads as "local-dir:"."""
     from safetensors.torch import save_file
+
     folder.mkdir(parents=True)
     save_file(_halves(model.state_dict()), folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     old = json.loads((ASSETS / "tiny-clip" / "open_clip_config.json").read_text())
@@ -98,14 +118,22 @@ def _facts() -> dict[str, dict]:
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
             earlier = state.get("earlier", {})
-            facts[stage] = {"steps": state["step"] + earlier.get("steps", 0),
-                            "seconds": round(state["seconds"] + earlier.get("seconds", 0)),
-                            "parameters": sum(v.numel() for v in state["model"].values())}
+            facts[stage] = {
+                "steps": state["step"] + earlier.get("steps", 0),
+                "seconds": round(state["seconds"] + earlier.get("seconds", 0)),
+                "parameters": sum(v.numel() for v in state["model"].values()),
+            }
     return facts
 
 
-def assemble(into: Path, sprites: Sprites | None = None, towers: clip.Towers | None = None,
-             auto: nn.Module | None = None, size: dict | None = None, config: dict | None = None) -> Path:
+def assemble(
+    into: Path,
+    sprites: Sprites | None = None,
+    towers: clip.Towers | None = None,
+    auto: nn.Module | None = None,
+    size: dict | None = None,
+    config: dict | None = None,
+) -> Path:
     """Write `into`/tiny-sdxl and `into`/tiny-clip; what was there is replaced only once the new is whole."""
     for stage in ("clip", "vae", "unet"):
         if not (home() / f"{stage}.pt").exists():
@@ -117,8 +145,9 @@ def assemble(into: Path, sprites: Sprites | None = None, towers: clip.Towers | N
     auto = unet.frozen(decoder, auto)
     conditions = unet.Conditions(towers)
     side = auto.config.sample_size // 2 ** (len(auto.config.block_out_channels) - 1)
-    net = unet.frozen("unet", unet.build(auto.config.latent_channels, side, conditions.width,
-                                         conditions.pooled_width, size))
+    net = unet.frozen(
+        "unet", unet.build(auto.config.latent_channels, side, conditions.width, conditions.pooled_width, size)
+    )
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=into) as aside:
         write_pipeline(Path(aside) / "tiny-sdxl", towers, auto, net, scale)
@@ -127,8 +156,10 @@ def assemble(into: Path, sprites: Sprites | None = None, towers: clip.Towers | N
         card.write(Path(aside) / "tiny-sdxl")
         total = sum(p.stat().st_size for p in Path(aside).rglob("*") if p.is_file())
         if total > LIMIT_BYTES:
-            raise LabError(f"The folders hold {total / 1e6:.1f} MB, above the limit of {LIMIT_BYTES / 1e6:.0f} MB: "
-                           "choose smaller models.")
+            raise LabError(
+                f"The folders hold {total / 1e6:.1f} MB, above the limit of {LIMIT_BYTES / 1e6:.0f} MB: "
+                "choose smaller models."
+            )
         for source in sorted(Path(aside).rglob("*")):
             if source.is_file():  # file by file: a reader sees each file whole, old or new
                 target = into / source.relative_to(aside)

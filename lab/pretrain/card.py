@@ -1,4 +1,5 @@
 """The card in the assembled folder: what it is, data and licences, settings, time, scores."""
+
 from __future__ import annotations
 
 import json
@@ -20,8 +21,13 @@ GOALS = {
     "clip_recall_at_1_of_512": "CLIP recall@1 among 512 held-out scenes, mean of both ways (goal 0.75)",
 }
 
-THRESHOLDS = {"naming_real": 0.80, "naming_of_real": 0.80, "place": 0.95, "vae_psnr_db": 28.0,
-              "clip_recall_at_1_of_512": 0.75}
+THRESHOLDS = {
+    "naming_real": 0.80,
+    "naming_of_real": 0.80,
+    "place": 0.95,
+    "vae_psnr_db": 28.0,
+    "clip_recall_at_1_of_512": 0.75,
+}
 
 TEXT = """# tiny-sdxl: the embedded base
 
@@ -81,10 +87,19 @@ def _scores(numbers: dict) -> str:
     for key, text in GOALS.items():
         cells = [text.format(n=len(CONCEPTS), p=len(PLACES)), f"{numbers[key]:.3f}"]
         rows.append("| " + " | ".join(cells + ([f"{before[key]:.3f}"] if before else [])) + " |")
-    notes = ['"The start": the weights this lab began with. Both bases\' pictures are judged by this CLIP tower, on the '
-             "same prompts and seeds; the start's recall and real shares are its own tower's."] if before else []
-    missed = [f"{GOALS[key].split(' (goal')[0].format(n=len(CONCEPTS), p=len(PLACES))} ({numbers[key]:.2f} of {goal:g})"
-              for key, goal in THRESHOLDS.items() if numbers[key] < goal]
+    notes = (
+        [
+            '"The start": the weights this lab began with. Both bases\' pictures are judged by this CLIP tower, on the '
+            "same prompts and seeds; the start's recall and real shares are its own tower's."
+        ]
+        if before
+        else []
+    )
+    missed = [
+        f"{GOALS[key].split(' (goal')[0].format(n=len(CONCEPTS), p=len(PLACES))} ({numbers[key]:.2f} of {goal:g})"
+        for key, goal in THRESHOLDS.items()
+        if numbers[key] < goal
+    ]
     if missed:
         notes.append("Goals not reached yet: " + "; ".join(missed) + ". Training goes on from these weights.")
     return "\n".join(rows) + "".join(f"\n\n{note}" for note in notes)
@@ -92,15 +107,24 @@ def _scores(numbers: dict) -> str:
 
 def write(folder: Path) -> None:
     """Write folder/README.md from the folder's own configs, training.json and score.json."""
+
     def read(name: str) -> dict:
         path = folder / name
         return json.loads(path.read_text()) if path.exists() else {}
+
     facts, unet, vae = read("training.json"), read("unet/config.json"), read("vae/config.json")
-    (folder / "README.md").write_text(TEXT.format(
-        concepts=len(CONCEPTS), places=len(PLACES), held_out=", ".join(HELD_OUT),
-        **{stage: _trained(facts.get(stage, {})) for stage in ("clip", "vae", "decoder", "unet")},
-        **{f"{stage}_m": facts.get(stage, {}).get("parameters", 0) / 1e6 for stage in ("clip", "vae", "unet")},
-        vae_channels="/".join(map(str, vae["block_out_channels"])), latents=vae["latent_channels"],
-        factor=2 ** (len(vae["block_out_channels"]) - 1),
-        unet_channels="/".join(map(str, unet["block_out_channels"])), cross=unet["cross_attention_dim"],
-        scores=_scores(read("score.json"))))
+    (folder / "README.md").write_text(
+        TEXT.format(
+            concepts=len(CONCEPTS),
+            places=len(PLACES),
+            held_out=", ".join(HELD_OUT),
+            **{stage: _trained(facts.get(stage, {})) for stage in ("clip", "vae", "decoder", "unet")},
+            **{f"{stage}_m": facts.get(stage, {}).get("parameters", 0) / 1e6 for stage in ("clip", "vae", "unet")},
+            vae_channels="/".join(map(str, vae["block_out_channels"])),
+            latents=vae["latent_channels"],
+            factor=2 ** (len(vae["block_out_channels"]) - 1),
+            unet_channels="/".join(map(str, unet["block_out_channels"])),
+            cross=unet["cross_attention_dim"],
+            scores=_scores(read("score.json")),
+        )
+    )

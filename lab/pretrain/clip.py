@@ -5,6 +5,7 @@ against the same image tower. The UNet can only draw differences that the text t
 concepts are told apart on purpose: many objects on few places a batch, pictures of one concept in several
 styles as positives of each other's captions, and every image compared with the names of all concepts.
 """
+
 from __future__ import annotations
 
 import copy
@@ -22,10 +23,19 @@ from lab.pretrain.scenes import captions, compose
 from lab.pretrain.sprites import Sprites
 
 CONTEXT, VOCABULARY = 32, 8514
-CONFIG = {"embed_dim": 192, "quick_gelu": True,
-          "vision_cfg": {"image_size": 64, "layers": 6, "width": 192, "patch_size": 8, "head_width": 32},
-          "text_cfg": {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": 192, "heads": 6, "layers": 4,
-                       "hf_tokenizer_name": "tiny-clip"}}
+CONFIG = {
+    "embed_dim": 192,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 64, "layers": 6, "width": 192, "patch_size": 8, "head_width": 32},
+    "text_cfg": {
+        "context_length": CONTEXT,
+        "vocab_size": VOCABULARY,
+        "width": 192,
+        "heads": 6,
+        "layers": 4,
+        "hf_tokenizer_name": "tiny-clip",
+    },
+}
 SMALL = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 3}
 
 
@@ -36,11 +46,21 @@ class Towers(nn.Module):
         super().__init__()
         import open_clip
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
         config = copy.deepcopy(config or CONFIG)
         self.clip = open_clip.CLIP(**config)
-        self.small = CLIPTextModelWithProjection(CLIPTextConfig(
-            vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, projection_dim=config["embed_dim"],
-            hidden_act="quick_gelu", bos_token_id=8512, eos_token_id=8513, pad_token_id=0, **(small or SMALL)))
+        self.small = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=VOCABULARY,
+                max_position_embeddings=CONTEXT,
+                projection_dim=config["embed_dim"],
+                hidden_act="quick_gelu",
+                bos_token_id=8512,
+                eos_token_id=8513,
+                pad_token_id=0,
+                **(small or SMALL),
+            )
+        )
 
     def image(self, pixels: torch.Tensor) -> torch.Tensor:
         """(n, 3, 64, 64) in -1..1 to unit vectors (n, embed)."""
@@ -63,22 +83,27 @@ class Towers(nn.Module):
 def tokenizer():
     """Captions to ids, cut to the longest caption."""
     from transformers import AutoTokenizer
+
     tokenize = AutoTokenizer.from_pretrained(ASSETS / "tiny-clip")
     start, end = 8512, 8513
 
     def ids(texts: list[str]) -> torch.Tensor:
-        rows = [[start, *tokenize(text, add_special_tokens=False)["input_ids"][:CONTEXT - 2], end] for text in texts]
+        rows = [[start, *tokenize(text, add_special_tokens=False)["input_ids"][: CONTEXT - 2], end] for text in texts]
         longest = max(map(len, rows))
         return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device())
+
     return ids
 
 
 def start_from(towers: Towers, folder: Path) -> int:
     """Take over an assembled folder's weights wherever shapes match; the rest keeps its random start."""
     from safetensors.torch import load_file
+
     taken = 0
-    files = {"clip.": folder / "tiny-clip" / "open_clip_model.safetensors",
-             "small.": folder / "tiny-sdxl" / "text_encoder" / "model.safetensors"}
+    files = {
+        "clip.": folder / "tiny-clip" / "open_clip_model.safetensors",
+        "small.": folder / "tiny-sdxl" / "text_encoder" / "model.safetensors",
+    }
     own = towers.state_dict()
     for prefix, path in files.items():
         for key, value in (load_file(path) if path.exists() else {}).items():
@@ -128,7 +153,7 @@ class Step:
         """Rows, places, scenes: three quarters nameable concepts, six places a batch."""
         g = generator(11, step)
         n, pool = self.batch, self.sprites.nameable
-        rows = pool[torch.randperm(len(pool), generator=g)[:n * 3 // 4]]
+        rows = pool[torch.randperm(len(pool), generator=g)[: n * 3 // 4]]
         more = self.others[torch.randint(len(self.others), (n - len(rows),), generator=g)]
         rows = torch.cat([rows, more])
         places = torch.randperm(len(PLACES), generator=g)[torch.randint(6, (n,), generator=g)]
@@ -147,8 +172,11 @@ class Step:
         rows, places, pixels = self.draw(step)
         concept, style = s.concept[rows], s.style[rows]
         texts, with_place, with_style = captions(s, rows, places, step)
-        match = (concept[:, None] == concept) & (~with_place | (places[:, None] == places)) \
+        match = (
+            (concept[:, None] == concept)
+            & (~with_place | (places[:, None] == places))
             & (~with_style | (style[:, None] == style))
+        )
         name_ids, name_target = self.names(concept, step)
         match, name_target, place_target = (t.to(device()) for t in (match.float(), name_target, places))
         caption_ids = self.ids(texts)
@@ -158,11 +186,19 @@ class Step:
             losses, right = [], 0.0
             for encode in (towers.text, towers.text_small):
                 name_logits = scale * image @ encode(name_ids).T
-                losses += [_match_loss(scale, image, encode(caption_ids), match),
-                           F.cross_entropy(name_logits, name_target),
-                           0.3 * F.cross_entropy(scale * image @ encode(self.place_ids).T, place_target)]
+                losses += [
+                    _match_loss(scale, image, encode(caption_ids), match),
+                    F.cross_entropy(name_logits, name_target),
+                    0.3 * F.cross_entropy(scale * image @ encode(self.place_ids).T, place_target),
+                ]
                 right = right or (name_logits.argmax(1) == name_target).float().mean().item()
-        report = dict(zip(("match", "name", "place", "match2", "name2", "place2"), (float(loss.detach()) for loss in losses), strict=True))
+        report = dict(
+            zip(
+                ("match", "name", "place", "match2", "name2", "place2"),
+                (float(loss.detach()) for loss in losses),
+                strict=True,
+            )
+        )
         return sum(losses), {**report, "named": right, "scale": float(scale.detach())}
 
 
@@ -180,8 +216,12 @@ def name_shares(towers: Towers, sprites: Sprites, seed: int = 7) -> dict[str, fl
         by_name = [(image @ encode(names).T).argmax(1).cpu() for encode in (towers.text, towers.text_small)]
     of_place = torch.einsum("nd,npd->np", image, placed[concept]).argmax(1).cpu()
     shares = [(pick == concept).float().mean().item() for pick in by_name]
-    return {"naming": shares[0], "naming_small": shares[1], "place": (of_place == places).float().mean().item(),
-            "recall": recall(image, placed[concept, places], concept * len(PLACES) + places)}
+    return {
+        "naming": shares[0],
+        "naming_small": shares[1],
+        "place": (of_place == places).float().mean().item(),
+        "recall": recall(image, placed[concept, places], concept * len(PLACES) + places),
+    }
 
 
 def recall(image: torch.Tensor, text: torch.Tensor, key: torch.Tensor, n: int = 512) -> float:
@@ -193,8 +233,14 @@ def recall(image: torch.Tensor, text: torch.Tensor, key: torch.Tensor, n: int = 
     return ((logits.argmax(1) == right).float().mean() + (logits.argmax(0) == right).float().mean()).item() / 2
 
 
-def train(sprites: Sprites, steps: int = 1500, batch: int = 192, config: dict | None = None,
-          small: dict | None = None, evaluate_every: int = 100) -> Trainer:
+def train(
+    sprites: Sprites,
+    steps: int = 1500,
+    batch: int = 192,
+    config: dict | None = None,
+    small: dict | None = None,
+    evaluate_every: int = 100,
+) -> Trainer:
     """Train, or go on training, up to `steps`."""
     torch.manual_seed(0)
     towers = Towers(config, small)
@@ -205,5 +251,6 @@ def train(sprites: Sprites, steps: int = 1500, batch: int = 192, config: dict | 
 
     def evaluate() -> str:
         return "  ".join(f"{k} {v:.3f}" for k, v in name_shares(trainer.ema.model, sprites).items())
+
     trainer.run(steps, Step(sprites, trainer.model, batch), evaluate, evaluate_every=evaluate_every)
     return trainer

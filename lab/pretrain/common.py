@@ -1,4 +1,5 @@
 """What every stage shares: where files lie, checkpoints, learning rate, moving average, the loop."""
+
 from __future__ import annotations
 
 import copy
@@ -103,16 +104,19 @@ class Ema:
 def optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW; biases, norms and temperatures are not decayed."""
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
 
 
 class Trainer:
     """One model, its optimizer and average, a checkpoint file, and the loop over steps."""
 
-    def __init__(self, stage: str, model: nn.Module, *, peak: float, weight_decay: float, ema: float,
-                 from_assets: bool = False):
+    def __init__(
+        self, stage: str, model: nn.Module, *, peak: float, weight_decay: float, ema: float, from_assets: bool = False
+    ):
         self.path = home() / f"{stage}.pt"
         self.stage, self.model, self.peak = stage, model.to(device()), peak
         self.optimizer = optimizer(model, weight_decay)
@@ -132,12 +136,26 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        save_atomic({"model": self.model.state_dict(), "ema": self.ema.model.state_dict(),
-                     "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds,
-                     "earlier": self.earlier}, self.path)
+        save_atomic(
+            {
+                "model": self.model.state_dict(),
+                "ema": self.ema.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "earlier": self.earlier,
+            },
+            self.path,
+        )
 
-    def run(self, steps: int, loss_fn: Callable[[int], tuple[torch.Tensor, dict[str, float]]],
-            evaluate: Callable[[], str] | None = None, log_every: int = 25, evaluate_every: int = 250) -> None:
+    def run(
+        self,
+        steps: int,
+        loss_fn: Callable[[int], tuple[torch.Tensor, dict[str, float]]],
+        evaluate: Callable[[], str] | None = None,
+        log_every: int = 25,
+        evaluate_every: int = 250,
+    ) -> None:
         """Train up to `steps` in all; loss_fn(step) gives the loss and numbers to print.
 
         evaluate_every=0: never evaluate.

@@ -2,6 +2,7 @@
 
 No torch here, so that pages and tests may read the lists at no cost.
 """
+
 from __future__ import annotations
 
 import random
@@ -62,22 +63,51 @@ HELD_OUT_SHORT_NAMES: dict[str, str] = _table(_HELD_OUT)
 HELD_OUT: tuple[str, ...] = tuple(HELD_OUT_SHORT_NAMES)
 
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 48, 49), "orange": (245, 145, 40), "yellow": (250, 215, 70), "green": (70, 170, 85),
-    "blue": (60, 120, 220), "purple": (135, 80, 190), "pink": (245, 160, 195), "white": (248, 248, 248),
-    "gray": (150, 152, 156), "black": (28, 28, 32),
+    "red": (214, 48, 49),
+    "orange": (245, 145, 40),
+    "yellow": (250, 215, 70),
+    "green": (70, 170, 85),
+    "blue": (60, 120, 220),
+    "purple": (135, 80, 190),
+    "pink": (245, 160, 195),
+    "white": (248, 248, 248),
+    "gray": (150, 152, 156),
+    "black": (28, 28, 32),
 }
 NATURE: tuple[str, ...] = (
-    "in the snow", "on the grass", "on the beach", "at night under the stars",
-    "in the forest", "in the desert", "under the sea",
+    "in the snow",
+    "on the grass",
+    "on the beach",
+    "at night under the stars",
+    "in the forest",
+    "in the desert",
+    "under the sea",
 )
-PLACES: tuple[str, ...] = tuple(f"on {'an' if colour == 'orange' else 'a'} {colour} background"
-                                for colour in COLOURS) + NATURE
+PLACES: tuple[str, ...] = (
+    tuple(f"on {'an' if colour == 'orange' else 'a'} {colour} background" for colour in COLOURS) + NATURE
+)
 
 # Plurals and things one does not count.
-NO_ARTICLE = frozenset((
-    "grapes", "cherries", "corn", "broccoli", "bread", "pancakes", "bacon", "french fries", "popcorn", "sushi",
-    "candy", "fire", "headphones", "scissors", "books", "eyeglasses",
-))
+NO_ARTICLE = frozenset(
+    (
+        "grapes",
+        "cherries",
+        "corn",
+        "broccoli",
+        "bread",
+        "pancakes",
+        "bacon",
+        "french fries",
+        "popcorn",
+        "sushi",
+        "candy",
+        "fire",
+        "headphones",
+        "scissors",
+        "books",
+        "eyeglasses",
+    )
+)
 
 # Drawing styles, in the order in which pictures store them: Fluent, Twemoji, Noto.
 STYLES: tuple[str, ...] = ("3d", "flat", "noto")
@@ -104,8 +134,11 @@ def caption(rng: random.Random, name: str, place: str, style: str) -> tuple[str,
     if kind < 0.55:
         return prompt(name, place), True, False
     if kind < 0.70:
-        return rng.choice((prompt(name), name, f"a picture of {article(name)}", f"a photo of {article(name)}")), \
-            False, False
+        return (
+            rng.choice((prompt(name), name, f"a picture of {article(name)}", f"a photo of {article(name)}")),
+            False,
+            False,
+        )
     if kind < 0.85:
         return f"a {style} emoji of {article(name)} {place}", True, True
     medium = rng.choice(("picture", "photo", "emoji", "drawing"))

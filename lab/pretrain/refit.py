@@ -4,6 +4,7 @@ The linear map from the new towers' hidden states to the old ones' (least square
 into the UNet's keys and values, and that of the pooled vectors into its time embedding. The UNet then starts
 where it stood, instead of unlearning and learning anew.
 """
+
 from __future__ import annotations
 
 import random

@@ -1,4 +1,5 @@
 """Scenes composed on the fly: a picture, scaled and shifted a little, on a drawn background."""
+
 from __future__ import annotations
 
 import random
@@ -45,58 +46,58 @@ def _ground(scene: torch.Tensor, colour: torch.Tensor, height: float, slope: flo
 # Few random numbers a place: detail that cannot be foreseen costs the VAE bits and the UNet steps.
 def _snow(r: random.Random) -> torch.Tensor:
     scene = _sky(_rgb(150, 195, 235), _rgb(215, 232, 246))
-    scene = _ground(scene, _rgb(240, 245, 250), r.uniform(.62, .72), r.uniform(-.1, .1), .02)
+    scene = _ground(scene, _rgb(240, 245, 250), r.uniform(0.62, 0.72), r.uniform(-0.1, 0.1), 0.02)
     for i in range(12):
-        x, y = (i % 4 + .5) / 4 + r.uniform(-.05, .05), (i // 4 + .3 + (i % 2) * .4) / 3 + r.uniform(-.04, .04)
-        scene = _blend(scene, _rgb(255, 255, 255), _disc(x, y, .026))
+        x, y = (i % 4 + 0.5) / 4 + r.uniform(-0.05, 0.05), (i // 4 + 0.3 + (i % 2) * 0.4) / 3 + r.uniform(-0.04, 0.04)
+        scene = _blend(scene, _rgb(255, 255, 255), _disc(x, y, 0.026))
     return scene
 
 
 def _grass(r: random.Random) -> torch.Tensor:
     scene = _sky(_rgb(120, 195, 245), _rgb(205, 232, 250))
-    return _ground(scene, _rgb(100, 185, 70), r.uniform(.55, .68), r.uniform(-.1, .1), .02)
+    return _ground(scene, _rgb(100, 185, 70), r.uniform(0.55, 0.68), r.uniform(-0.1, 0.1), 0.02)
 
 
 def _beach(r: random.Random) -> torch.Tensor:
     scene = _sky(_rgb(150, 212, 248), _rgb(215, 240, 252))
-    water = r.uniform(.36, .46)
+    water = r.uniform(0.36, 0.46)
     scene = _ground(scene, _rgb(45, 150, 200), water, 0, 0)
-    return _ground(scene, _rgb(240, 214, 150), water + r.uniform(.2, .27), r.uniform(-.08, .08), .012)
+    return _ground(scene, _rgb(240, 214, 150), water + r.uniform(0.2, 0.27), r.uniform(-0.08, 0.08), 0.012)
 
 
 def _night(r: random.Random) -> torch.Tensor:
     scene = _sky(_rgb(14, 18, 52), _rgb(42, 44, 100))
     for i in range(11):
-        x, y = (i % 4 + .5) / 4 + r.uniform(-.06, .06), (i // 4 + .3 + (i % 2) * .4) / 3 + r.uniform(-.05, .05)
-        scene = _blend(scene, _rgb(250, 245, 200), _disc(x, y, .017))
-    x = r.choice((.13, .87))
-    return _blend(scene, _rgb(250, 240, 180), (_disc(x, .13, .09) - _disc(x + .045, .105, .08)).clamp(0))
+        x, y = (i % 4 + 0.5) / 4 + r.uniform(-0.06, 0.06), (i // 4 + 0.3 + (i % 2) * 0.4) / 3 + r.uniform(-0.05, 0.05)
+        scene = _blend(scene, _rgb(250, 245, 200), _disc(x, y, 0.017))
+    x = r.choice((0.13, 0.87))
+    return _blend(scene, _rgb(250, 240, 180), (_disc(x, 0.13, 0.09) - _disc(x + 0.045, 0.105, 0.08)).clamp(0))
 
 
 def _forest(r: random.Random) -> torch.Tensor:
     scene = _sky(_rgb(160, 205, 175), _rgb(110, 165, 120))
-    scene = _ground(scene, _rgb(88, 120, 60), r.uniform(.74, .8), 0, .01)
+    scene = _ground(scene, _rgb(88, 120, 60), r.uniform(0.74, 0.8), 0, 0.01)
     for i in range(5):
-        x, top, half = i / 4 + r.uniform(-.03, .03), .1 + .12 * (i % 2) + r.uniform(-.03, .03), .16
-        scene = _blend(scene, _rgb(96, 66, 40), _edge(.022 - (_X - x).abs()) * _edge(_Y - .6) * _edge(.86 - _Y))
-        inside = _edge(half * (_Y - top) / .62 - (_X - x).abs()) * _edge(.74 - _Y)
+        x, top, half = i / 4 + r.uniform(-0.03, 0.03), 0.1 + 0.12 * (i % 2) + r.uniform(-0.03, 0.03), 0.16
+        scene = _blend(scene, _rgb(96, 66, 40), _edge(0.022 - (_X - x).abs()) * _edge(_Y - 0.6) * _edge(0.86 - _Y))
+        inside = _edge(half * (_Y - top) / 0.62 - (_X - x).abs()) * _edge(0.74 - _Y)
         scene = _blend(scene, _rgb(28, 92 + 14 * (i % 2), 52), inside)
     return scene
 
 
 def _desert(r: random.Random) -> torch.Tensor:
     scene = _sky(_rgb(250, 178, 95), _rgb(254, 226, 170))
-    scene = _blend(scene, _rgb(255, 240, 190), _disc(r.choice((.15, .85)), .16, .1))
-    scene = _ground(scene, _rgb(222, 160, 90), r.uniform(.52, .6), r.uniform(-.2, .2), .04)
-    return _ground(scene, _rgb(200, 130, 66), r.uniform(.74, .82), r.uniform(-.2, .2), .04)
+    scene = _blend(scene, _rgb(255, 240, 190), _disc(r.choice((0.15, 0.85)), 0.16, 0.1))
+    scene = _ground(scene, _rgb(222, 160, 90), r.uniform(0.52, 0.6), r.uniform(-0.2, 0.2), 0.04)
+    return _ground(scene, _rgb(200, 130, 66), r.uniform(0.74, 0.82), r.uniform(-0.2, 0.2), 0.04)
 
 
 def _sea(r: random.Random) -> torch.Tensor:
     scene = _sky(_rgb(60, 175, 220), _rgb(8, 62, 132))
     for i in range(6):
-        x, y = (.08, .9, .16, .84, .06, .94)[i] + r.uniform(-.03, .03), .12 + .13 * i + r.uniform(-.04, .04)
-        scene = _blend(scene, _rgb(170, 225, 245), (_disc(x, y, .04) - _disc(x, y, .022)).clamp(0))
-    return _ground(scene, _rgb(196, 178, 122), r.uniform(.86, .92), 0, .012)
+        x, y = (0.08, 0.9, 0.16, 0.84, 0.06, 0.94)[i] + r.uniform(-0.03, 0.03), 0.12 + 0.13 * i + r.uniform(-0.04, 0.04)
+        scene = _blend(scene, _rgb(170, 225, 245), (_disc(x, y, 0.04) - _disc(x, y, 0.022)).clamp(0))
+    return _ground(scene, _rgb(196, 178, 122), r.uniform(0.86, 0.92), 0, 0.012)
 
 
 _PAINTERS = (_snow, _grass, _beach, _night, _forest, _desert, _sea)
@@ -118,8 +119,15 @@ def backgrounds() -> torch.Tensor:
     return torch.stack([torch.stack([_background(p, v) for v in range(VARIANTS)]) for p in range(len(PLACES))])
 
 
-def compose(sprites: Sprites, rows: torch.Tensor, places: torch.Tensor, g: torch.Generator,
-            scale: tuple[float, float] = (0.72, 0.86), shift: float = 0.10, mirrored: float = 0.33) -> torch.Tensor:
+def compose(
+    sprites: Sprites,
+    rows: torch.Tensor,
+    places: torch.Tensor,
+    g: torch.Generator,
+    scale: tuple[float, float] = (0.72, 0.86),
+    shift: float = 0.10,
+    mirrored: float = 0.33,
+) -> torch.Tensor:
     """Scenes (n, 3, 64, 64) in -1..1: picture rows on places, large, near the centre, some mirrored."""
     n = len(rows)
     size = torch.empty(n).uniform_(*scale, generator=g)
@@ -136,18 +144,22 @@ def compose(sprites: Sprites, rows: torch.Tensor, places: torch.Tensor, g: torch
     return under * (1 - rgba[:, 3:]) + rgba[:, :3] * 2 - rgba[:, 3:]
 
 
-def captions(sprites: Sprites, rows: torch.Tensor, places: torch.Tensor, seed: int
-             ) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+def captions(
+    sprites: Sprites, rows: torch.Tensor, places: torch.Tensor, seed: int
+) -> tuple[list[str], torch.Tensor, torch.Tensor]:
     """A caption for each scene, and whether it tells the place and the style."""
     r = random.Random(seed)
-    told = [caption(r, sprites.names[sprites.concept[row]], PLACES[place], STYLES[sprites.style[row]])
-            for row, place in zip(rows.tolist(), places.tolist(), strict=True)]
+    told = [
+        caption(r, sprites.names[sprites.concept[row]], PLACES[place], STYLES[sprites.style[row]])
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True)
+    ]
     texts, with_place, with_style = zip(*told, strict=True)
     return list(texts), torch.tensor(with_place), torch.tensor(with_style)
 
 
-def draw_batch(sprites: Sprites, pool: torch.Tensor, n: int, key: tuple[int, ...], places_a_batch: int | None = None
-               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def draw_batch(
+    sprites: Sprites, pool: torch.Tensor, n: int, key: tuple[int, ...], places_a_batch: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows, places and scenes of a batch that depends on the key alone.
 
     Few places a batch, many objects on each: then the place does not give the object away.

@@ -1,4 +1,5 @@
 """Stage "score": numbers and a sheet of samples for an assembled base, on prompts and seeds fixed here."""
+
 from __future__ import annotations
 
 import json
@@ -16,10 +17,30 @@ from lab.pretrain.sprites import Sprites
 SEEDS = (0,)  # one picture of each concept: the share is good to about 0.03
 STEPS, GUIDANCE, BATCH = 20, 5.0, 73
 SHEET = (
-    ("cat face", 10), ("panda face", 13), ("lion face", 16), ("frog face", 11), ("owl", 14), ("elephant", 12),
-    ("turtle", 16), ("butterfly", 11), ("sunflower", 4), ("red apple", 12), ("hamburger", 2), ("ice cream", 6),
-    ("pizza", 5), ("bus", 15), ("sailboat", 12), ("airplane", 4), ("fire engine", 10), ("violin", 8),
-    ("trumpet", 0), ("house", 11), ("basketball", 3), ("crown", 5), ("grinning face", 16), ("ghost", 13),
+    ("cat face", 10),
+    ("panda face", 13),
+    ("lion face", 16),
+    ("frog face", 11),
+    ("owl", 14),
+    ("elephant", 12),
+    ("turtle", 16),
+    ("butterfly", 11),
+    ("sunflower", 4),
+    ("red apple", 12),
+    ("hamburger", 2),
+    ("ice cream", 6),
+    ("pizza", 5),
+    ("bus", 15),
+    ("sailboat", 12),
+    ("airplane", 4),
+    ("fire engine", 10),
+    ("violin", 8),
+    ("trumpet", 0),
+    ("house", 11),
+    ("basketball", 3),
+    ("crown", 5),
+    ("grinning face", 16),
+    ("ghost", 13),
 )
 
 
@@ -31,6 +52,7 @@ def plan() -> list[tuple[int, int, int]]:
 def load_pipeline(folder: Path):
     """The pipeline as users load it."""
     from diffusers import StableDiffusionXLPipeline
+
     pipe = StableDiffusionXLPipeline.from_pretrained(folder / "tiny-sdxl", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device())
@@ -41,10 +63,21 @@ def generate(pipe, prompts: list[str], seeds: list[int], steps: int = STEPS) -> 
     """Pictures (n, 3, 64, 64) in -1..1, each from its own seed."""
     parts = []
     for i in range(0, len(prompts), BATCH):
-        generators = [torch.Generator().manual_seed(1000 + seed) for seed in seeds[i:i + BATCH]]
+        generators = [torch.Generator().manual_seed(1000 + seed) for seed in seeds[i : i + BATCH]]
         with autocast():
-            parts.append(pipe(prompts[i:i + BATCH], width=64, height=64, num_inference_steps=steps,
-                              guidance_scale=GUIDANCE, generator=generators, output_type="pt").images.float().cpu())
+            parts.append(
+                pipe(
+                    prompts[i : i + BATCH],
+                    width=64,
+                    height=64,
+                    num_inference_steps=steps,
+                    guidance_scale=GUIDANCE,
+                    generator=generators,
+                    output_type="pt",
+                )
+                .images.float()
+                .cpu()
+            )
     return torch.cat(parts) * 2 - 1
 
 
@@ -57,8 +90,9 @@ class Judge:
         ids = clip.tokenizer()
         with autocast():
             self.names = self.towers.text(ids([prompt(name) for name in CONCEPTS]))
-            self.placed = torch.stack([self.towers.text(ids([prompt(name, place) for place in PLACES]))
-                                       for name in CONCEPTS])
+            self.placed = torch.stack(
+                [self.towers.text(ids([prompt(name, place) for place in PLACES])) for name in CONCEPTS]
+            )
 
     @torch.no_grad()
     def embed(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -72,8 +106,11 @@ class Judge:
         order = (image @ self.names.T).topk(5).indices.cpu()
         of_place = torch.einsum("nd,npd->np", image, self.placed[concept]).argmax(1).cpu()
         hit = order == concept[:, None]
-        return {"naming": hit[:, 0].float().mean().item(), "naming_top5": hit.any(1).float().mean().item(),
-                "place": (of_place == place).float().mean().item()}
+        return {
+            "naming": hit[:, 0].float().mean().item(),
+            "naming_top5": hit.any(1).float().mean().item(),
+            "place": (of_place == place).float().mean().item(),
+        }
 
     def spread(self, pictures: torch.Tensor, group: int) -> float:
         """Mean distance (1 - cosine) between pictures of one prompt, `group` pictures a prompt."""
@@ -89,8 +126,12 @@ def _diversity(pipe, judge: Judge, sprites: Sprites) -> dict[str, float]:
     texts = [prompt(CONCEPTS[c], PLACES[p]) for c, p in zip(concepts, places, strict=True) for _ in range(group)]
     drawn = generate(pipe, texts, list(range(10, 10 + group)) * len(concepts))
     g = generator(9)
-    rows = torch.cat([sprites.nameable[sprites.concept[sprites.nameable] == c][torch.randint(3, (group,), generator=g)]
-                      for c in concepts])
+    rows = torch.cat(
+        [
+            sprites.nameable[sprites.concept[sprites.nameable] == c][torch.randint(3, (group,), generator=g)]
+            for c in concepts
+        ]
+    )
     real = compose(sprites, rows, places.repeat_interleave(group), g, (0.76, 0.86), shift=0.06, mirrored=0.0)
     return {"diversity": judge.spread(drawn, group), "diversity_real": judge.spread(real, group)}
 
@@ -98,8 +139,9 @@ def _diversity(pipe, judge: Judge, sprites: Sprites) -> dict[str, float]:
 def _real(sprites: Sprites, concept: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """Held-out scenes of the scored concepts and places, styles in turn."""
     g = generator(8)
-    rows = torch.stack([(sprites.nameable[sprites.concept[sprites.nameable] == c])[i % 3]
-                        for i, c in enumerate(concept)])
+    rows = torch.stack(
+        [(sprites.nameable[sprites.concept[sprites.nameable] == c])[i % 3] for i, c in enumerate(concept)]
+    )
     return compose(sprites, rows, place, g)
 
 
@@ -122,6 +164,7 @@ def score(folder: Path, sprites: Sprites, judge_folder: Path | None = None) -> t
 def sheet(pipe, columns: int = 8, zoom: int = 2):
     """The contact sheet: one picture of each prompt of SHEET, its caption below."""
     from PIL import Image, ImageDraw
+
     texts = [prompt(name, PLACES[place]) for name, place in SHEET]
     pictures = F.interpolate(generate(pipe, texts, [0] * len(texts)), scale_factor=zoom, mode="bicubic")
     pictures = ((pictures.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()

@@ -1,4 +1,5 @@
 """The pictures: three emoji sets, fetched once, kept as one tensor file in the pretraining home."""
+
 from __future__ import annotations
 
 import io
@@ -36,9 +37,9 @@ class Sprites:
         held = range(self.nameable_count, self.nameable_count + len(HELD_OUT))
         is_held = (concept >= held.start) & (concept < held.stop)
         rows = torch.arange(len(concept))
-        self.nameable = rows[concept < self.nameable_count]      # pictures of the concepts the base can name
-        self.held_out = rows[is_held]                            # pictures no training stage may see
-        self.trainable = rows[~is_held]                          # everything else
+        self.nameable = rows[concept < self.nameable_count]  # pictures of the concepts the base can name
+        self.held_out = rows[is_held]  # pictures no training stage may see
+        self.trainable = rows[~is_held]  # everything else
 
     def find(self, name: str, style: str) -> int:
         """The row of the picture of a name in a style."""
@@ -55,8 +56,10 @@ def archive(package: str) -> Path:
         try:
             subprocess.run(["npm", "pack", "--silent", package], cwd=path.parent, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise LabError(f"The emoji pictures need `npm pack {package}`, which failed here: install npm, "
-                           f"or put the archive at {path}.") from error
+            raise LabError(
+                f"The emoji pictures need `npm pack {package}`, which failed here: install npm, "
+                f"or put the archive at {path}."
+            ) from error
     return path
 
 
@@ -98,12 +101,17 @@ def prepare() -> Path:
             code = Path(e["image"]).stem
             picture = pictures.get(code) or pictures.get(code.replace("-fe0f", ""))
             if picture is not None:
-                images.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-                              .view(SIDE, SIDE, 4).permute(2, 0, 1))
+                images.append(
+                    torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+                    .view(SIDE, SIDE, 4)
+                    .permute(2, 0, 1)
+                )
                 concept.append(names.index(plain.get(e["short_name"], e["name"].lower())))
                 style.append(style_id)
-    save_atomic({"images": torch.stack(images), "concept": torch.tensor(concept), "style": torch.tensor(style),
-                 "names": names}, path)
+    save_atomic(
+        {"images": torch.stack(images), "concept": torch.tensor(concept), "style": torch.tensor(style), "names": names},
+        path,
+    )
     return path
 
 

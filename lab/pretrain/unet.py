@@ -3,6 +3,7 @@
 SDXL's structure in small: cross-attention to both text towers' last but one hidden states, the pooled text
 vector and the sizes (original, crop, target) added to the time embedding; v-prediction with zero terminal SNR.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -23,30 +24,47 @@ SCENES_A_PICTURE_AND_PLACE = 1
 CHUNK = 4096
 STYLE_WEIGHTS = (2.0, 1.0, 1.0)  # 3d, flat, noto: one style leads, so that a plain prompt draws cleanly
 EMPTY = 0.10  # share of empty prompts, which guidance needs
-SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-             "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
 
 
 def build(latent_channels: int, side: int, text_width: int, pooled_width: int, size: dict | None = None) -> nn.Module:
     """diffusers' UNet2DConditionModel; levels without transformer layers have no attention, as in SDXL."""
     from diffusers import UNet2DConditionModel
+
     size = size or SIZE
     channels, transformers = size["channels"], size["transformers"]
     cross = ["CrossAttn" if layers else "" for layers in transformers]
     return UNet2DConditionModel(
-        sample_size=side, in_channels=latent_channels, out_channels=latent_channels, block_out_channels=channels,
+        sample_size=side,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=channels,
         down_block_types=tuple(f"{kind}DownBlock2D" for kind in cross),
         up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(cross)),
-        layers_per_block=1, transformer_layers_per_block=tuple(max(1, layers) for layers in transformers),
-        attention_head_dim=tuple(c // size["head"] for c in channels), cross_attention_dim=text_width,
-        addition_embed_type="text_time", addition_time_embed_dim=32,
-        projection_class_embeddings_input_dim=pooled_width + 6 * 32, use_linear_projection=True,
-        norm_num_groups=16)
+        layers_per_block=1,
+        transformer_layers_per_block=tuple(max(1, layers) for layers in transformers),
+        attention_head_dim=tuple(c // size["head"] for c in channels),
+        cross_attention_dim=text_width,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=pooled_width + 6 * 32,
+        use_linear_projection=True,
+        norm_num_groups=16,
+    )
 
 
 def start_from_assets(unet: nn.Module) -> bool:
     """Take over the committed weights if they are of this shape."""
     from safetensors.torch import load_file
+
     path = ASSETS / "tiny-sdxl" / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path) if path.exists() else {}
     own = unet.state_dict()
@@ -61,6 +79,7 @@ class Conditions:
 
     def __init__(self, towers: clip.Towers):
         from transformers import AutoTokenizer
+
         self.towers = towers.to(device()).eval().requires_grad_(False)
         self.tokenize = AutoTokenizer.from_pretrained(ASSETS / "tiny-sdxl" / "tokenizer")
         self.width = towers.small.config.hidden_size + towers.clip.positional_embedding.shape[1]
@@ -69,8 +88,9 @@ class Conditions:
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states (n, 32, width) and pooled text vectors (n, pooled_width)."""
-        ids = self.tokenize(texts, padding="max_length", max_length=clip.CONTEXT, truncation=True,
-                            return_tensors="pt").input_ids.to(device())
+        ids = self.tokenize(
+            texts, padding="max_length", max_length=clip.CONTEXT, truncation=True, return_tensors="pt"
+        ).input_ids.to(device())
         small = self.towers.small(input_ids=ids, output_hidden_states=True).hidden_states[-2]
         c = self.towers.clip
         x = c.token_embedding(ids) + c.positional_embedding
@@ -84,8 +104,9 @@ class Conditions:
 
 def sizes(n: int, g: torch.Generator, side: int = 64) -> torch.Tensor:
     """SDXL's six numbers: original size, crop, target size. Some vary, so that other pictures' sizes do no harm."""
-    original = torch.where(torch.rand(n, 1, generator=g) < 0.3,
-                           64 * 2 ** (4 * torch.rand(n, 1, generator=g)), torch.tensor(float(side))).expand(n, 2)
+    original = torch.where(
+        torch.rand(n, 1, generator=g) < 0.3, 64 * 2 ** (4 * torch.rand(n, 1, generator=g)), torch.tensor(float(side))
+    ).expand(n, 2)
     crop = torch.where(torch.rand(n, 1, generator=g) < 0.1, torch.rand(n, 2, generator=g) * 16, torch.zeros(n, 2))
     return torch.cat([original, crop, torch.full((n, 2), float(side))], 1)
 
@@ -93,6 +114,7 @@ def sizes(n: int, g: torch.Generator, side: int = 64) -> torch.Tensor:
 def alphas_cumprod() -> torch.Tensor:
     """Signal power at each of the 1000 steps, rescaled so that the last has none."""
     from diffusers import EulerDiscreteScheduler
+
     kept = EulerDiscreteScheduler(**SCHEDULER).alphas_cumprod.clone()
     kept[-1] = 0.0  # the scheduler keeps 2^-24 to avoid dividing by zero
     return kept.to(device())
@@ -112,7 +134,7 @@ class Bank:
     def _chunk(self, sprites: Sprites, encoder: nn.Module, start: int) -> torch.Tensor:
         path: Path = self.folder / f"{start:07d}.pt"
         if not path.exists():
-            rows, places = self.rows[start:start + CHUNK], self.places[start:start + CHUNK]
+            rows, places = self.rows[start : start + CHUNK], self.places[start : start + CHUNK]
             # Place and size vary little and nothing is mirrored: the UNet learns to draw, not to move things.
             scenes = compose(sprites, rows, places, generator(31, start), (0.76, 0.86), shift=0.06, mirrored=0.0)
             with torch.no_grad(), autocast():
@@ -145,8 +167,12 @@ class Step:
         noise = noise.to(device())
         noisy, target = signal * latents + spread * noise, signal * noise - spread * latents
         with autocast():
-            out = self.model(noisy, time, encoder_hidden_states=hidden, added_cond_kwargs={
-                "text_embeds": pooled, "time_ids": sizes(n, g).to(device())}).sample
+            out = self.model(
+                noisy,
+                time,
+                encoder_hidden_states=hidden,
+                added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes(n, g).to(device())},
+            ).sample
         loss = F.mse_loss(out.float(), target)
         return loss, {"loss": loss.item()}
 
@@ -157,8 +183,15 @@ def frozen(name: str, model: nn.Module) -> nn.Module:
     return model.to(device()).eval().requires_grad_(False)
 
 
-def train(sprites: Sprites, steps: int = 3000, batch: int = 48, scenes: int = SCENES_A_PICTURE_AND_PLACE,
-          size: dict | None = None, towers: clip.Towers | None = None, encoder: nn.Module | None = None) -> Trainer:
+def train(
+    sprites: Sprites,
+    steps: int = 3000,
+    batch: int = 48,
+    scenes: int = SCENES_A_PICTURE_AND_PLACE,
+    size: dict | None = None,
+    towers: clip.Towers | None = None,
+    encoder: nn.Module | None = None,
+) -> Trainer:
     """Train, or go on training, up to `steps`."""
     torch.manual_seed(2)
     conditions = Conditions(frozen("clip", towers or clip.Towers()))

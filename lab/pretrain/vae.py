@@ -3,6 +3,7 @@
 First encoder and decoder together, then the decoder alone, on latents with a little noise (the UNet's
 are never exact) and with a perceptual term from the CLIP tower's first layers, if that is trained.
 """
+
 from __future__ import annotations
 
 import torch
@@ -20,16 +21,24 @@ CHANNELS, LATENT_CHANNELS = (32, 64, 96), 4
 def build(channels: tuple[int, ...] = CHANNELS, latent_channels: int = LATENT_CHANNELS) -> nn.Module:
     """diffusers' AutoencoderKL; each further entry of `channels` halves the side once more."""
     from diffusers import AutoencoderKL
+
     blocks = len(channels)
-    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * blocks,
-                         up_block_types=("UpDecoderBlock2D",) * blocks, block_out_channels=channels,
-                         layers_per_block=1, latent_channels=latent_channels, norm_num_groups=16, sample_size=64,
-                         mid_block_add_attention=False)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=16,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
 
 
 def start_from_assets(vae: nn.Module) -> bool:
     """Take over the committed weights if they are of this shape."""
     from safetensors.torch import load_file
+
     path = ASSETS / "tiny-sdxl" / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path) if path.exists() else {}
     own = vae.state_dict()
@@ -69,7 +78,7 @@ class Perception:
         v = self.visual
         x = v.conv1(pixels).flatten(2).transpose(1, 2)
         x = v.ln_pre(x + v.positional_embedding[1:])
-        for block in v.transformer.resblocks[:self.layers]:
+        for block in v.transformer.resblocks[: self.layers]:
             x = block(x)
         return F.layer_norm(x.float(), x.shape[-1:])
 
@@ -82,6 +91,7 @@ class Perception:
 def perception() -> Perception | None:
     """From the CLIP stage's checkpoint, if there is one."""
     from lab.pretrain.clip import Towers
+
     path = home() / "clip.pt"
     if not path.exists():
         return None
@@ -94,8 +104,9 @@ def perception() -> Perception | None:
 def psnr(vae: nn.Module, scenes: torch.Tensor) -> float:
     """Mean over scenes of the peak signal-to-noise ratio in dB."""
     with autocast():
-        out = torch.cat([vae.decode(vae.encode(x.to(device())).latent_dist.mean).sample.float().cpu()
-                         for x in scenes.split(64)])
+        out = torch.cat(
+            [vae.decode(vae.encode(x.to(device())).latent_dist.mean).sample.float().cpu() for x in scenes.split(64)]
+        )
     error = ((out.clamp(-1, 1) - scenes) / 2).square().mean((1, 2, 3))
     return float((-10 * error.log10()).mean())
 
@@ -109,12 +120,19 @@ def held_out_scenes(sprites: Sprites, rows: torch.Tensor | None = None, n: int =
 
 
 def _evaluate(vae: nn.Module, sprites: Sprites) -> str:
-    return (f"PSNR {psnr(vae, held_out_scenes(sprites)):.2f} dB, of subjects never seen "
-            f"{psnr(vae, held_out_scenes(sprites, sprites.held_out, 60)):.2f} dB")
+    return (
+        f"PSNR {psnr(vae, held_out_scenes(sprites)):.2f} dB, of subjects never seen "
+        f"{psnr(vae, held_out_scenes(sprites, sprites.held_out, 60)):.2f} dB"
+    )
 
 
-def train(sprites: Sprites, steps: int = 600, batch: int = 32, channels: tuple[int, ...] = CHANNELS,
-          latent_channels: int = LATENT_CHANNELS) -> Trainer:
+def train(
+    sprites: Sprites,
+    steps: int = 600,
+    batch: int = 32,
+    channels: tuple[int, ...] = CHANNELS,
+    latent_channels: int = LATENT_CHANNELS,
+) -> Trainer:
     """Encoder and decoder together."""
     torch.manual_seed(1)
     vae = build(channels, latent_channels)
@@ -130,6 +148,7 @@ def train(sprites: Sprites, steps: int = 600, batch: int = 32, channels: tuple[i
             out = trainer.model.decode(posterior.mean + posterior.std * noise).sample
         pixel, kl = pixel_loss(out.float(), pixels), posterior.kl().float().mean() / noise[0].numel()
         return pixel + 1e-4 * kl, {"pixel": pixel.item(), "kl": kl.item()}
+
     trainer.run(steps, loss, lambda: _evaluate(trainer.ema.model, sprites))
     return trainer
 
@@ -141,8 +160,14 @@ def scaling_factor(vae: nn.Module, sprites: Sprites) -> float:
     return float(1 / torch.cat(latents).float().std())
 
 
-def train_decoder(sprites: Sprites, steps: int = 1000, batch: int = 32, channels: tuple[int, ...] = CHANNELS,
-                  latent_channels: int = LATENT_CHANNELS, perceive: Perception | None = None) -> Trainer:
+def train_decoder(
+    sprites: Sprites,
+    steps: int = 1000,
+    batch: int = 32,
+    channels: tuple[int, ...] = CHANNELS,
+    latent_channels: int = LATENT_CHANNELS,
+    perceive: Perception | None = None,
+) -> Trainer:
     """The decoder alone: latents, and with them the UNet, stay valid."""
     vae = build(channels, latent_channels)
     vae.load_state_dict(torch.load(home() / "vae.pt", map_location="cpu", weights_only=True)["ema"])
@@ -161,5 +186,6 @@ def train_decoder(sprites: Sprites, steps: int = 1000, batch: int = 32, channels
             seen = perceive(out, pixels) if perceive else out.new_zeros(())
         pixel = pixel_loss(out.float(), pixels)
         return pixel + 0.05 * seen, {"pixel": pixel.item(), "perception": seen.item()}
+
     trainer.run(steps, loss, lambda: _evaluate(trainer.ema.model, sprites))
     return trainer
