@@ -28,7 +28,7 @@ def test_every_command_has_its_parts():
 def test_methods_json_is_alone_on_standard_output():
     done = lab("methods", "--json")
     assert done.returncode == 0, done.stderr
-    rows = {row["id"]: row for row in json.loads(done.stdout)["methods"]}
+    rows = {row["id"]: row for row in json.loads(done.stdout)}
     assert {"lora", "nora"} <= set(rows)
     assert {"id", "name", "kind", "paper", "low_rank", "own"} <= set(rows["nora"])
     assert rows["nora"]["own"]
