@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 from lab import device as devices
 from lab.errors import LabError
@@ -35,6 +36,9 @@ def _load(
 ) -> StableDiffusionXLPipeline:
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
+    if Path(source).suffix == ".safetensors":
+        with _plain_errors(source), safe_open(source, "pt"):
+            pass  # a broken file is told before the VAE is fetched for it
     parts: dict[str, Any] = {}
     if vae:
         with _plain_errors(vae), _quiet():
