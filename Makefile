@@ -17,7 +17,7 @@ test: .venv/.tests
 lint: .venv/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/ty check --python .venv lab app.py --exclude lab/pretrain --exclude lab/bench/fewshot_step.py
+	$(BIN)/ty check --python .venv lab app.py
 
 bench: .venv/.runtime  ## ratios of every method to LoRA
 	$(BIN)/python -m lab bench methods

@@ -10,7 +10,7 @@ cross-entropy. The lab cuts the padding off. CPU time of one thread, least of th
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, cast
 
 HELP = "few-shot training steps as ratios to a plain PEFT loop"
 
@@ -59,7 +59,7 @@ def _plain(clip: Any, batch: int, classes: int) -> Any:
     places = sites(own.model, "q,k,v", "both")
     model = get_peft_model(own.model, LoraConfig(r=2, lora_alpha=2, lora_dropout=0.25, target_modules=places))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.01)
-    ids, inner = own.tokenize([f"a photo of a {name}." for name in names]), model.get_base_model()
+    ids, inner = own.tokenize([f"a photo of a {name}." for name in names]), cast(Any, model.get_base_model())
     model.train()
 
     def step() -> None:

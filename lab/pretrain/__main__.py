@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # Threads that sleep while they wait: a spinning wait is ruinous where other work shares the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -16,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 STAGES = ("data", "clip", "vae", "decoder", "unet", "assemble", "score")
 
 
-def run(stage: str, into: Path, knobs: dict[str, int]) -> None:
+def run(stage: str, into: Path, knobs: dict[str, Any]) -> None:
     """One stage, trained up to its number of steps."""
     from lab.pretrain import assemble, clip, score, unet, vae
     from lab.pretrain.sprites import load_sprites

@@ -6,9 +6,9 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from lab.errors import LabError
 from lab.pretrain import card, clip, unet, vae
@@ -23,7 +23,7 @@ def _halves(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value.detach().half().contiguous().cpu() for key, value in state.items() if value.is_floating_point()}
 
 
-def text_tower_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def text_tower_of(model: Any) -> dict[str, torch.Tensor]:
     """The open_clip text tower's weights under transformers' CLIPTextModelWithProjection names."""
     state = model.state_dict()
     out = {
@@ -51,7 +51,7 @@ def text_tower_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return out
 
 
-def _small_tower(model: nn.Module) -> dict[str, torch.Tensor]:
+def _small_tower(model: Any) -> dict[str, torch.Tensor]:
     """The small tower without its projection: text_encoder is a CLIPTextModel."""
     return {key: value for key, value in model.state_dict().items() if key != "text_projection.weight"}
 
@@ -82,7 +82,7 @@ def _write_text_encoder(folder: Path, state: dict[str, torch.Tensor], architectu
     save_file(_halves(state), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_pipeline(folder: Path, towers: clip.Towers, auto: nn.Module, net: nn.Module, scale: float) -> None:
+def write_pipeline(folder: Path, towers: clip.Towers, auto: Any, net: Any, scale: float) -> None:
     """A folder that StableDiffusionXLPipeline.from_pretrained loads."""
     from diffusers import EulerDiscreteScheduler
 
@@ -92,13 +92,14 @@ def write_pipeline(folder: Path, towers: clip.Towers, auto: nn.Module, net: nn.M
     auto.register_to_config(scaling_factor=scale)
     auto.half().save_pretrained(folder / "vae")
     net.half().save_pretrained(folder / "unet")
-    EulerDiscreteScheduler(**unet.SCHEDULER).save_pretrained(folder / "scheduler")
+    scheduler: Any = EulerDiscreteScheduler(**unet.SCHEDULER)
+    scheduler.save_pretrained(folder / "scheduler")
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(ASSETS / "tiny-sdxl" / name, folder / name)
     shutil.copy(ASSETS / "tiny-sdxl" / "model_index.json", folder / "model_index.json")
 
 
-def write_open_clip(folder: Path, model: nn.Module, config: dict) -> None:
+def write_open_clip(folder: Path, model: Any, config: dict) -> None:
     """A folder that open_clip loads as "local-dir:"."""
     from safetensors.torch import save_file
 
@@ -130,7 +131,7 @@ def assemble(
     into: Path,
     sprites: Sprites | None = None,
     towers: clip.Towers | None = None,
-    auto: nn.Module | None = None,
+    auto: Any = None,
     size: dict | None = None,
     config: dict | None = None,
 ) -> Path:
@@ -138,20 +139,20 @@ def assemble(
     for stage in ("clip", "vae", "unet"):
         if not (home() / f"{stage}.pt").exists():
             raise LabError(f'Nothing to assemble yet: run the stage "{stage}" first.')
-    towers = unet.frozen("clip", towers or clip.Towers())
+    made: Any = unet.frozen("clip", towers or clip.Towers())
     auto = auto or vae.build()
     scale = vae.scaling_factor(unet.frozen("vae", auto), sprites or load_sprites())
     decoder = "decoder" if (home() / "decoder.pt").exists() else "vae"
     auto = unet.frozen(decoder, auto)
-    conditions = unet.Conditions(towers)
+    conditions = unet.Conditions(made)
     side = auto.config.sample_size // 2 ** (len(auto.config.block_out_channels) - 1)
     net = unet.frozen(
         "unet", unet.build(auto.config.latent_channels, side, conditions.width, conditions.pooled_width, size)
     )
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=into) as aside:
-        write_pipeline(Path(aside) / "tiny-sdxl", towers, auto, net, scale)
-        write_open_clip(Path(aside) / "tiny-clip", towers.clip, config or clip.CONFIG)
+        write_pipeline(Path(aside) / "tiny-sdxl", made, auto, net, scale)
+        write_open_clip(Path(aside) / "tiny-clip", made.clip, config or clip.CONFIG)
         (Path(aside) / "tiny-sdxl" / "training.json").write_text(json.dumps(_facts(), indent=1) + "\n")
         card.write(Path(aside) / "tiny-sdxl")
         total = sum(p.stat().st_size for p in Path(aside).rglob("*") if p.is_file())

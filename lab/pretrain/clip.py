@@ -12,6 +12,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ class Towers(nn.Module):
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
         config = copy.deepcopy(config or CONFIG)
-        self.clip = open_clip.CLIP(**config)
+        sizes: dict[str, Any] = small or SMALL
+        self.clip: Any = open_clip.CLIP(**config)
         self.small = CLIPTextModelWithProjection(
             CLIPTextConfig(
                 vocab_size=VOCABULARY,
@@ -58,7 +60,7 @@ class Towers(nn.Module):
                 bos_token_id=8512,
                 eos_token_id=8513,
                 pad_token_id=0,
-                **(small or SMALL),
+                **sizes,
             )
         )
 
@@ -84,7 +86,7 @@ def tokenizer():
     """Captions to ids, cut to the longest caption."""
     from transformers import AutoTokenizer
 
-    tokenize = AutoTokenizer.from_pretrained(ASSETS / "tiny-clip")
+    tokenize: Any = AutoTokenizer.from_pretrained(ASSETS / "tiny-clip")
     start, end = 8512, 8513
 
     def ids(texts: list[str]) -> torch.Tensor:
@@ -250,7 +252,7 @@ def train(
     trainer = Trainer("clip", towers, peak=8e-4, weight_decay=0.05, ema=0.99, from_assets=known)
 
     def evaluate() -> str:
-        return "  ".join(f"{k} {v:.3f}" for k, v in name_shares(trainer.ema.model, sprites).items())
+        return "  ".join(f"{k} {v:.3f}" for k, v in name_shares(cast(Towers, trainer.ema.model), sprites).items())
 
-    trainer.run(steps, Step(sprites, trainer.model, batch), evaluate, evaluate_every=evaluate_every)
+    trainer.run(steps, Step(sprites, cast(Towers, trainer.model), batch), evaluate, evaluate_every=evaluate_every)
     return trainer

@@ -95,8 +95,8 @@ class Ema:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         weight = 1 - min(self.decay, (step + 1) / (step + 10))
-        kept, new = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(kept, [p.detach() for p in new], weight)
+        kept: list[torch.Tensor] = list(self.model.parameters())
+        torch._foreach_lerp_(kept, [p.detach() for p in model.parameters()], weight)
         for buffer, source in zip(self.model.buffers(), model.buffers(), strict=True):
             buffer.copy_(source)
 

@@ -8,9 +8,9 @@ where it stood, instead of unlearning and learning anew.
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
-from torch import nn
 
 from lab.pretrain.concepts import CONCEPTS, PLACES, STYLES, caption
 
@@ -26,7 +26,7 @@ def _map(new: torch.Tensor, old: torch.Tensor, ridge: float = 1e-4) -> tuple[tor
 
 
 @torch.no_grad()
-def refit(unet: nn.Module, old, new, captions: int = 900) -> tuple[float, float]:
+def refit(unet: Any, old, new, captions: int = 900) -> tuple[float, float]:
     """Fold the maps from conditions `new` to conditions `old` into the UNet; how well each fits (1: exactly)."""
     r = random.Random(0)
     texts = [caption(r, CONCEPTS[i % len(CONCEPTS)], r.choice(PLACES), r.choice(STYLES))[0] for i in range(captions)]

@@ -63,13 +63,21 @@ def archive(package: str) -> Path:
     return path
 
 
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo | str) -> bytes:
+    file = tar.extractfile(member)
+    if file is None:
+        raise LabError(f"The archive's {member} is not a file: delete the archive, so that it is fetched again.")
+    with file:
+        return file.read()
+
+
 def _pictures(path: Path, folder: str) -> dict[str, Image.Image]:
     """File stem -> RGBA picture, side 64, for every picture in a folder of the archive."""
     pictures = {}
     with tarfile.open(path) as tar:
         for member in tar:
             if member.isfile() and member.name.startswith(f"package/{folder}/"):
-                picture = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")
+                picture = Image.open(io.BytesIO(_read(tar, member))).convert("RGBA")
                 if picture.width != SIDE:  # premultiplied, or colours of invisible pixels bleed into the edge
                     picture = picture.convert("RGBa").resize((SIDE, SIDE), Image.Resampling.LANCZOS).convert("RGBA")
                 pictures[Path(member.name).stem] = picture
@@ -78,7 +86,7 @@ def _pictures(path: Path, folder: str) -> dict[str, Image.Image]:
 
 def _emoji_table() -> list[dict]:
     with tarfile.open(archive(PACKAGES["noto"])) as tar:
-        table = json.load(tar.extractfile("package/emoji.json"))
+        table = json.loads(_read(tar, "package/emoji.json"))
     return sorted((e for e in table if e["category"] in CATEGORIES), key=lambda e: e["sort_order"])
 
 

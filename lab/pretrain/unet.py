@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lab.pretrain import clip, refit, vae
 from lab.pretrain.common import ASSETS, Trainer, autocast, device, generator, home, save_atomic
@@ -35,11 +35,11 @@ SCHEDULER = {
 }
 
 
-def build(latent_channels: int, side: int, text_width: int, pooled_width: int, size: dict | None = None) -> nn.Module:
+def build(latent_channels: int, side: int, text_width: int, pooled_width: int, size: dict | None = None) -> Any:
     """diffusers' UNet2DConditionModel; levels without transformer layers have no attention, as in SDXL."""
     from diffusers import UNet2DConditionModel
 
-    size = size or SIZE
+    size: dict[str, Any] = size or SIZE
     channels, transformers = size["channels"], size["transformers"]
     cross = ["CrossAttn" if layers else "" for layers in transformers]
     return UNet2DConditionModel(
@@ -61,7 +61,7 @@ def build(latent_channels: int, side: int, text_width: int, pooled_width: int, s
     )
 
 
-def start_from_assets(unet: nn.Module) -> bool:
+def start_from_assets(unet: Any) -> bool:
     """Take over the committed weights if they are of this shape."""
     from safetensors.torch import load_file
 
@@ -81,7 +81,7 @@ class Conditions:
         from transformers import AutoTokenizer
 
         self.towers = towers.to(device()).eval().requires_grad_(False)
-        self.tokenize = AutoTokenizer.from_pretrained(ASSETS / "tiny-sdxl" / "tokenizer")
+        self.tokenize: Any = AutoTokenizer.from_pretrained(ASSETS / "tiny-sdxl" / "tokenizer")
         self.width = towers.small.config.hidden_size + towers.clip.positional_embedding.shape[1]
         self.pooled_width = towers.clip.text_projection.shape[1]
 
@@ -115,7 +115,8 @@ def alphas_cumprod() -> torch.Tensor:
     """Signal power at each of the 1000 steps, rescaled so that the last has none."""
     from diffusers import EulerDiscreteScheduler
 
-    kept = EulerDiscreteScheduler(**SCHEDULER).alphas_cumprod.clone()
+    scheduler: Any = EulerDiscreteScheduler(**SCHEDULER)
+    kept = scheduler.alphas_cumprod.clone()
     kept[-1] = 0.0  # the scheduler keeps 2^-24 to avoid dividing by zero
     return kept.to(device())
 
@@ -123,7 +124,7 @@ def alphas_cumprod() -> torch.Tensor:
 class Bank:
     """Scenes of every nameable picture on every place, encoded once, in chunks that survive an interruption."""
 
-    def __init__(self, sprites: Sprites, encoder: nn.Module, scale: float, scenes: int):
+    def __init__(self, sprites: Sprites, encoder: Any, scale: float, scenes: int):
         mark = hashlib.sha1(next(encoder.encoder.parameters()).detach().cpu().numpy().tobytes()).hexdigest()[:8]
         self.folder = home() / "latents" / f"{mark}-{scenes}"
         count = len(sprites.nameable) * len(PLACES)
@@ -131,7 +132,7 @@ class Bank:
         self.rows, self.places = sprites.nameable[grid // len(PLACES)], grid % len(PLACES)
         self.latents = torch.cat([self._chunk(sprites, encoder, i) for i in range(0, len(grid), CHUNK)]) * scale
 
-    def _chunk(self, sprites: Sprites, encoder: nn.Module, start: int) -> torch.Tensor:
+    def _chunk(self, sprites: Sprites, encoder: Any, start: int) -> torch.Tensor:
         path: Path = self.folder / f"{start:07d}.pt"
         if not path.exists():
             rows, places = self.rows[start : start + CHUNK], self.places[start : start + CHUNK]
@@ -147,7 +148,7 @@ class Bank:
 class Step:
     """The loss of one step, from the step's number alone."""
 
-    def __init__(self, sprites: Sprites, bank: Bank, conditions: Conditions, model: nn.Module, batch: int):
+    def __init__(self, sprites: Sprites, bank: Bank, conditions: Conditions, model: Any, batch: int):
         self.sprites, self.bank, self.conditions, self.model, self.batch = sprites, bank, conditions, model, batch
         self.kept = alphas_cumprod()
         self.weights = torch.tensor(STYLE_WEIGHTS)[sprites.style[bank.rows]]
@@ -177,7 +178,7 @@ class Step:
         return loss, {"loss": loss.item()}
 
 
-def frozen(name: str, model: nn.Module) -> nn.Module:
+def frozen(name: str, model: Any) -> Any:
     """The averaged weights of an earlier stage."""
     model.load_state_dict(torch.load(home() / f"{name}.pt", map_location="cpu", weights_only=True)["ema"])
     return model.to(device()).eval().requires_grad_(False)
@@ -190,7 +191,7 @@ def train(
     scenes: int = SCENES_A_PICTURE_AND_PLACE,
     size: dict | None = None,
     towers: clip.Towers | None = None,
-    encoder: nn.Module | None = None,
+    encoder: Any = None,
 ) -> Trainer:
     """Train, or go on training, up to `steps`."""
     torch.manual_seed(2)

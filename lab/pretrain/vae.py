@@ -6,9 +6,10 @@ are never exact) and with a perceptual term from the CLIP tower's first layers, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lab.pretrain.common import ASSETS, Trainer, autocast, device, generator, home
 from lab.pretrain.concepts import PLACES
@@ -18,7 +19,7 @@ from lab.pretrain.sprites import Sprites
 CHANNELS, LATENT_CHANNELS = (32, 64, 96), 4
 
 
-def build(channels: tuple[int, ...] = CHANNELS, latent_channels: int = LATENT_CHANNELS) -> nn.Module:
+def build(channels: tuple[int, ...] = CHANNELS, latent_channels: int = LATENT_CHANNELS) -> Any:
     """diffusers' AutoencoderKL; each further entry of `channels` halves the side once more."""
     from diffusers import AutoencoderKL
 
@@ -35,7 +36,7 @@ def build(channels: tuple[int, ...] = CHANNELS, latent_channels: int = LATENT_CH
     )
 
 
-def start_from_assets(vae: nn.Module) -> bool:
+def start_from_assets(vae: Any) -> bool:
     """Take over the committed weights if they are of this shape."""
     from safetensors.torch import load_file
 
@@ -70,7 +71,7 @@ def pixel_loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 class Perception:
     """Distance in the first layers of the frozen CLIP image tower."""
 
-    def __init__(self, visual: nn.Module, layers: int = 2):
+    def __init__(self, visual: Any, layers: int = 2):
         self.visual, self.layers = visual.to(device()).eval().requires_grad_(False), layers
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -101,7 +102,7 @@ def perception() -> Perception | None:
 
 
 @torch.no_grad()
-def psnr(vae: nn.Module, scenes: torch.Tensor) -> float:
+def psnr(vae: Any, scenes: torch.Tensor) -> float:
     """Mean over scenes of the peak signal-to-noise ratio in dB."""
     with autocast():
         out = torch.cat(
@@ -119,7 +120,7 @@ def held_out_scenes(sprites: Sprites, rows: torch.Tensor | None = None, n: int =
     return compose(sprites, rows, torch.randint(len(PLACES), (n,), generator=g), g)
 
 
-def _evaluate(vae: nn.Module, sprites: Sprites) -> str:
+def _evaluate(vae: Any, sprites: Sprites) -> str:
     return (
         f"PSNR {psnr(vae, held_out_scenes(sprites)):.2f} dB, of subjects never seen "
         f"{psnr(vae, held_out_scenes(sprites, sprites.held_out, 60)):.2f} dB"
@@ -139,13 +140,15 @@ def train(
     known = start_from_assets(vae)
     trainer = Trainer("vae", vae, peak=8e-4, weight_decay=1e-4, ema=0.995, from_assets=known)
 
+    model: Any = trainer.model
+
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         pixels = draw(sprites, batch, 0, step).to(device())
         g = generator(22, step)
         with autocast():
-            posterior = trainer.model.encode(pixels).latent_dist
+            posterior = model.encode(pixels).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=g).to(device())
-            out = trainer.model.decode(posterior.mean + posterior.std * noise).sample
+            out = model.decode(posterior.mean + posterior.std * noise).sample
         pixel, kl = pixel_loss(out.float(), pixels), posterior.kl().float().mean() / noise[0].numel()
         return pixel + 1e-4 * kl, {"pixel": pixel.item(), "kl": kl.item()}
 
@@ -153,7 +156,7 @@ def train(
     return trainer
 
 
-def scaling_factor(vae: nn.Module, sprites: Sprites) -> float:
+def scaling_factor(vae: Any, sprites: Sprites) -> float:
     """What brings the latents to unit spread."""
     with torch.no_grad(), autocast():
         latents = [vae.encode(draw(sprites, 64, 1, i).to(device())).latent_dist.mean for i in range(4)]
@@ -176,13 +179,15 @@ def train_decoder(
     trainer = Trainer("decoder", vae, peak=8e-4, weight_decay=1e-4, ema=0.995)
     spread = 1 / scaling_factor(trainer.model, sprites)
 
+    model: Any = trainer.model
+
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         pixels = draw(sprites, batch, 2, step).to(device())
         with autocast():
             with torch.no_grad():
-                latents = trainer.model.encode(pixels).latent_dist.mean
+                latents = model.encode(pixels).latent_dist.mean
             noise = torch.randn(latents.shape, generator=generator(23, step)).to(device())
-            out = trainer.model.decode(latents + 0.04 * spread * noise).sample
+            out = model.decode(latents + 0.04 * spread * noise).sample
             seen = perceive(out, pixels) if perceive else out.new_zeros(())
         pixel = pixel_loss(out.float(), pixels)
         return pixel + 0.05 * seen, {"pixel": pixel.item(), "perception": seen.item()}
