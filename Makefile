@@ -12,7 +12,7 @@ demo: .venv/.runtime  ## the same comparison without a browser, into out/demo
 	$(BIN)/python -m lab.demo out/demo
 
 test: .venv/.tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: .venv/.tests
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ def test_a_link_a_change_and_the_files(page_address: str, tmp_path: Path) -> Non
         page.locator("#coverage-table .take code").wait_for()
         command = page.locator("#coverage-table .take code").inner_text()
         assert command == "python -m lab coverage --d 8 --method pranc --method nola --params 4,8,16"
+        page.locator("#coverage-plot .legendtext").nth(1).wait_for()  # the table may be there before the chart
         assert page.locator("#coverage-plot .legendtext").all_text_contents() == ["PRANC", "NOLA"]
         with page.expect_download() as got:
             page.locator("#coverage-table a.act").click()
