@@ -51,7 +51,9 @@ def _start(home: Path, backend: Backend, device: str) -> int:
     if log.exists() and log.stat().st_size > LOG_BYTES:
         log.replace(log.with_suffix(".log.1"))
     command = [sys.executable, "-m", "lab.jobs.worker", "--device", device]
-    environment = os.environ | {"LAB_HOME": str(home), "LAB_BACKEND": backend.id, "PYTHONUNBUFFERED": "1"}
+    # Threads that sleep while they wait: spinning ones bring training to a halt where other work shares the cores.
+    quiet = {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment = quiet | os.environ | {"LAB_HOME": str(home), "LAB_BACKEND": backend.id, "PYTHONUNBUFFERED": "1"}
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
