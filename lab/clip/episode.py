@@ -13,7 +13,7 @@ from torch import nn
 from lab.clip import protocol
 from lab.clip.model import Clip
 from lab.clip.pictures import Examples, augment, normalise, read
-from lab.clip.towers import class_weights
+from lab.clip.towers import class_weights, fill, text_features
 from lab.datasets import Listing
 
 
@@ -54,6 +54,14 @@ class Episode:
             return class_weights(self.clip, self.classes, self.templates)
 
     @functools.cached_property
+    def text_features(self) -> torch.Tensor:
+        """The class texts' features as the tower gives them (c, e), not of length 1; their mean over templates."""
+        with torch.no_grad():
+            return (
+                torch.stack([text_features(self.clip, fill(t, self.classes)) for t in self.templates]).mean(0).float()
+            )
+
+    @functools.cached_property
     def centroids(self) -> torch.Tensor:
         """Each class's mean training feature (c, e): where a classifier without texts may start."""
         sums = torch.zeros(len(self.classes), self.train.features.shape[1], device=self.clip.device)
@@ -78,11 +86,11 @@ def make(
     """
     train, validation = listing.train, listing.validation
     drawn = protocol.draw([p.label for p in train], [p.label for p in validation], classes, shots, seed)
-    extra_views = options.pop("extra_views", 0)
+    extra_views, flip = options.pop("extra_views", 0), options.get("flip", True)
 
     def examples(pictures: list[Any], views: int) -> Examples:
         labels = torch.tensor([p.label for p in pictures], device=clip.device)
-        return Examples(clip, read(clip, listing, pictures), labels, views)
+        return Examples(clip, read(clip, listing, pictures), labels, views, flip=flip)
 
     held = validation if drawn.own_validation else train
     return Episode(

@@ -167,13 +167,13 @@ def fit(
             lr=rate,
             seed=episode.seed,
             schedule="cosine",
-            warmup=recipe.warmup,
+            warmup=recipe.warmup_steps(len(episode.train)),
             max_norm=recipe.max_norm or NO_CLIP,
             weight_decay=recipe.weight_decay,
             checkpoint_every=max(50, length // 4),
             preview_every=min(length, max(APART, length // CHECKS)),
         )
-        watched = _Sgd(method) if recipe.optimizer == "sgd" else method
+        watched = method if recipe.optimizer == "adamw" else _Otherwise(method, recipe.optimizer)
 
         def told(step: int, steps: int, before: int = done, **values: Any) -> None:
             report(before + step, total, **values)
@@ -189,9 +189,10 @@ def fit(
     assert kept is not None
     head, watch, rate = kept
     settled = method.settle(head, episode)
+    accuracy = _accuracy(method, head, episode) if settled else watch.best[0]
     for i in range(len(recipe.rates)):
         shutil.rmtree(folder / f"rate-{i}", ignore_errors=True)
-    return Fitted(head, rate, watch.best[2], _accuracy(method, head, episode), seconds, peak, settled)
+    return Fitted(head, rate, watch.best[2], accuracy, seconds, peak, settled)
 
 
 def _accuracy(method: ClipMethod, head: Head, episode: Episode) -> float:
@@ -199,15 +200,17 @@ def _accuracy(method: ClipMethod, head: Head, episode: Episode) -> float:
     return (logits.argmax(1) == episode.validation.labels.cpu()).float().mean().item()
 
 
-class _Sgd:
-    """A method trained by SGD with momentum 0.9, as CoOp's code and its descendants do."""
+class _Otherwise:
+    """A method trained by SGD with momentum 0.9 or by Adam, as CoOp's code and its descendants do."""
 
-    def __init__(self, method: ClipMethod) -> None:
-        self.method = method
+    def __init__(self, method: ClipMethod, optimizer: str) -> None:
+        self.method, self.name = method, optimizer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.method, name)
 
     def optimizer(self, model: torch.nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
         parameters = [p for p in model.parameters() if p.requires_grad]
+        if self.name == "adam":
+            return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay)
         return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay)

@@ -19,16 +19,19 @@ class Recipe:
     """How a method is trained. Of `steps`, `steps_per_shot` and `epochs` the first that is not 0 gives the length.
 
     rates: learning rates; where there are several, validation chooses. max_norm: gradients are clipped to it, 0: never.
+    epochs: one number, or ((most shots, epochs), …) where they depend on the shots, as `BY_SHOTS`. warmup: steps, or
+    with `warmup_epochs` epochs, over which the learning rate rises linearly.
     """
 
     rates: tuple[float, ...] = (1e-3,)
     steps: int = 0
     steps_per_shot: int = 0
-    epochs: int = 0
+    epochs: int | tuple[tuple[int, int], ...] = 0
     batch: int = 32
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"  # adam: weight decay joins the gradient
     weight_decay: float = 0.0
     warmup: int = 0
+    warmup_epochs: int = 0
     max_norm: float = 0.0
 
     def length(self, shots: int, examples: int) -> int:
@@ -37,7 +40,21 @@ class Recipe:
             return self.steps
         if self.steps_per_shot:
             return self.steps_per_shot * shots
-        return self.epochs * math.ceil(examples / min(self.batch, examples))
+        return self._epochs(shots) * self._per_epoch(examples)
+
+    def warmup_steps(self, examples: int) -> int:
+        return self.warmup or self.warmup_epochs * self._per_epoch(examples)
+
+    def _epochs(self, shots: int) -> int:
+        if isinstance(self.epochs, int):
+            return self.epochs
+        return next((epochs for most, epochs in self.epochs if shots <= most), self.epochs[-1][1])
+
+    def _per_epoch(self, examples: int) -> int:
+        return math.ceil(examples / min(self.batch, examples))
+
+
+BY_SHOTS = ((1, 50), (4, 100), (16, 200))  # epochs of CoOp's code, and of those that follow it
 
 
 class ClipMethod:

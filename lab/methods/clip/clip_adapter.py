@@ -1,7 +1,8 @@
 """CLIP-Adapter (Gao et al. 2021, arXiv 2110.04544, equations 4–6): a bottleneck on the image feature.
 
-f' = γ·ReLU(W2·ReLU(W1·f)) + (1 − γ)·f, W1 ∈ R^{d/4×d}, W2 ∈ R^{d×d/4}, no biases; γ = 0.2. Official code: SGD, lr 2e-3,
-batch 32, 50 to 200 epochs, cosine.
+f' = γ·ReLU(W2·ReLU(W1·f)) + (1 − γ)·f, W1 ∈ R^{d/4×d}, W2 ∈ R^{d×d/4}, no biases; γ = 0.2. The official code feeds the
+raw feature; the feature of length 1 here gives the same classifier, because f' grows with f and is normalised after.
+The released code comes without a configuration; the recipe here is that of CoOp, on whose code it is built.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lab.methods.clip import ClipMethod, Recipe, register
+from lab.methods.clip import BY_SHOTS, ClipMethod, Recipe, register
 from lab.methods.spec import Knobs, Paper, knob
 
 if TYPE_CHECKING:
@@ -30,10 +31,13 @@ class ClipAdapter(ClipMethod):
     code = "https://github.com/gaopengcuhk/CLIP-Adapter"
     summary = "A small bottleneck network mixed into the image feature."
     equation = r"f' = \gamma\,\mathrm{ReLU}(W_2\,\mathrm{ReLU}(W_1 f)) + (1-\gamma) f"
-    departures = ("Works on the feature of length 1; the official code feeds the raw feature and normalises after.",)
+    departures = (
+        "Trained by CoOp's recipe, because the released code comes without its configuration.",
+        "Features are computed once for a few random crops; validation chooses the stopping step.",
+    )
     knobs = ClipAdapterKnobs
     short = Recipe((5e-3,), steps=200, batch=64)
-    published = Recipe((2e-3,), epochs=200, batch=32, optimizer="sgd", weight_decay=5e-4)
+    published = Recipe((2e-3,), epochs=BY_SHOTS, batch=32, optimizer="sgd", weight_decay=5e-4, warmup_epochs=1)
 
     def build(self, episode: Episode, knobs: ClipAdapterKnobs) -> Head:
         import torch

@@ -35,7 +35,8 @@ class ClipLora(ClipMethod):
     equation = r"W' = W + \tfrac{\alpha}{\sqrt r} B A"
     departures = (
         "Validation chooses the stopping step (the authors' code stops at the last).",
-        "Crops are taken from the model's evaluation view instead of the whole picture.",
+        "Crops are taken from the model's evaluation view instead of the whole picture, bilinear instead of bicubic.",
+        "The cosine ends at 0 instead of 1e-6.",
     )
     knobs = ClipLoraKnobs
     inputs = "pixels"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lab.methods.clip import ClipMethod, Recipe, register
-from lab.methods.clip.coop import leading_words, start
+from lab.methods.clip.coop import WARMUP, leading_words, start
 from lab.methods.spec import Knobs, Paper, knob
 
 if TYPE_CHECKING:
@@ -36,10 +36,12 @@ class CoCoOp(ClipMethod):
     departures = (
         "The context starts from the template's own first words, where it has enough of them.",
         "Batches of 8 in the short recipe (official: 1); features are computed once for a few random crops.",
+        WARMUP,
+        "Validation chooses the stopping step.",
     )
     knobs = CoCoOpKnobs
     short = Recipe((5e-3,), steps=40, batch=8)
-    published = Recipe((2e-3,), epochs=10, batch=1, optimizer="sgd", weight_decay=5e-4)
+    published = Recipe((2e-3,), epochs=10, batch=1, optimizer="sgd", weight_decay=5e-4, warmup_epochs=1)
 
     def build(self, episode: Episode, knobs: CoCoOpKnobs) -> Head:
         import torch

@@ -10,13 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lab.methods.clip import ClipMethod, Recipe, register
+from lab.methods.clip import BY_SHOTS, ClipMethod, Recipe, register
 from lab.methods.spec import Knobs, Paper, knob
 
 if TYPE_CHECKING:
     import torch
 
     from lab.clip.episode import Batch, Episode, Head
+
+
+WARMUP = "The learning rate rises linearly over the first epoch, where the official code keeps it at 1e-5."
 
 
 @dataclass
@@ -55,10 +58,11 @@ class CoOp(ClipMethod):
     equation = r"t_c = g([v_1]\dots[v_M][\text{class}_c])"
     departures = (
         "The image features are the frozen encoder's, computed once for a few random crops, not for a new crop each step.",
-        "200 epochs for every number of shots in the published recipe; validation chooses the stopping step.",
+        WARMUP,
+        "Validation chooses the stopping step.",
     )
     short = Recipe((5e-3,), steps=100, batch=64)
-    published = Recipe((2e-3,), epochs=200, batch=32, optimizer="sgd", weight_decay=5e-4)
+    published = Recipe((2e-3,), epochs=BY_SHOTS, batch=32, optimizer="sgd", weight_decay=5e-4, warmup_epochs=1)
 
     def __init__(self, knobs: type[CoOpKnobs], order: int) -> None:
         tokens = knobs().tokens

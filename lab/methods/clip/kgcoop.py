@@ -1,7 +1,7 @@
 """KgCoOp (Yao et al., CVPR 2023, arXiv 2303.13283, equations 3–5): CoOp held near the hand-written prompts.
 
 loss = cross-entropy + λ·mean_c ‖w_c − w_c^clip‖², λ = 8. Official code: 4 tokens started from "a photo of a", SGD lr 2e-3,
-batch 128, 100 epochs, cosine.
+batch 128, 100 epochs, cosine after a warm-up epoch at 1e-5.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lab.methods.clip import Recipe, register
-from lab.methods.clip.coop import CoOp, CoOpKnobs, leading_words
+from lab.methods.clip.coop import WARMUP, CoOp, CoOpKnobs, leading_words
 from lab.methods.spec import Paper, knob
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ class KgCoOp(CoOp):
     departures = (
         "As in the official code the penalty is λ·mean(1 − cos), half the paper's squared distance of unit vectors.",
         "The context starts from the template's own first words, where it has enough of them.",
-        "Features are computed once for a few random crops.",
+        "Features are computed once for a few random crops; validation chooses the stopping step.",
+        WARMUP,
     )
-    published = Recipe((2e-3,), epochs=100, batch=128, optimizer="sgd", weight_decay=5e-4)
+    published = Recipe((2e-3,), epochs=100, batch=128, optimizer="sgd", weight_decay=5e-4, warmup_epochs=1)
 
     def __init__(self) -> None:
         self.id, self.name, self.order, self.knobs = "kgcoop", "KgCoOp", 23, KgCoOpKnobs

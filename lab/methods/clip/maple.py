@@ -2,7 +2,8 @@
 
 Text prompts P_0…P_{J−1} (M×d_t each) stand after the start token and replace their predecessors before blocks 1…J−1; the
 image tower's prompts are F_k(P_k), F_k: d_t → d_v linear, behind the patches. Official code: J = 9, M = 2, start from
-"a photo of a", the others N(0, 0.02²), SGD lr 3.5e-3, batch 4, 5 epochs (base-to-new) or 2.6e-3 and 2 epochs.
+"a photo of a", the others N(0, 0.02²), F_1…F_{J−1} copies of one layer, SGD lr 3.5e-3, batch 4, 5 epochs (base-to-new) or
+2.6e-3 and 2 epochs (across datasets), cosine after a warm-up epoch at 1e-5.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lab.methods.clip import ClipMethod, Recipe, register
-from lab.methods.clip.coop import leading_words, start
+from lab.methods.clip.coop import WARMUP, leading_words, start
 from lab.methods.spec import Knobs, Paper, knob
 
 if TYPE_CHECKING:
@@ -35,12 +36,14 @@ class Maple(ClipMethod):
     departures = (
         "J is cut to the number of blocks of the shallower tower.",
         "The first prompt starts from the template's own first words, where it has enough of them.",
-        "Longer training in the published recipe (as in CLIP-LoRA's comparison); validation chooses the stopping step.",
+        "50 epochs in the published recipe, as the same authors train PromptSRC on few shots: their configurations of MaPLe"
+        " are for base-to-new generalisation; validation chooses the stopping step.",
+        WARMUP,
     )
     knobs = MapleKnobs
     inputs = "pixels"
     short = Recipe((5e-3,), steps=48, batch=16, max_norm=1.0)
-    published = Recipe((3.5e-3,), epochs=50, batch=4, optimizer="sgd", weight_decay=5e-4)
+    published = Recipe((3.5e-3,), epochs=50, batch=4, optimizer="sgd", weight_decay=5e-4, warmup_epochs=1)
 
     def build(self, episode: Episode, knobs: MapleKnobs) -> Head:
         import torch
@@ -53,8 +56,9 @@ class Maple(ClipMethod):
         depth = min(knobs.depth, len(text.transformer.resblocks), len(vision.transformer.resblocks))
         first = start(episode, knobs.tokens, leading_words(episode))
         trained = {"text_0": first}
+        shallow, deep = (torch.nn.Linear(first.shape[1], vision.class_embedding.shape[0]) for _ in range(2))
         for k in range(depth):
-            coupling = torch.nn.Linear(first.shape[1], vision.class_embedding.shape[0])
+            coupling = deep if k else shallow
             trained |= {f"couple_{k}": coupling.weight, f"bias_{k}": coupling.bias}
             if k:
                 trained[f"text_{k}"] = torch.randn(first.shape) * 0.02

@@ -3,8 +3,9 @@
 N text prompts a class and M vision prompt sets give features g_{n,c} and f_m; with cost 1 − cos and uniform weights the
 Sinkhorn plan T_c (ε = 0.1, not differentiated) makes the logit τ·Σ_{m,n} T_{c,mn}·cos(f_m, g_{n,c}). The ViT version
 matches M whole-image features, each under vision prompts of its own (2 tokens behind the patches), where PLOT matched
-local features of a ResNet. Official code: M = N = 4, 4 context tokens from four templates, SGD lr 2e-3, batch 32, 50
-epochs of vision prompts alone, then 50 of both, each with its own cosine.
+local features of a ResNet. Official code: M = N = 4, 4 context tokens from four templates of each dataset, SGD lr 2e-3,
+batch 32, 50 (1 shot), 100 (2, 4) or 200 (8, 16 shots) epochs of vision prompts alone, then as many of both, each with a
+cosine of its own.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lab.methods.clip import ClipMethod, Recipe, register
-from lab.methods.clip.coop import leading_words, start
+from lab.methods.clip import BY_SHOTS, ClipMethod, Recipe, register
+from lab.methods.clip.coop import WARMUP, leading_words, start
 from lab.methods.spec import Knobs, Paper, knob
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
     from lab.clip.episode import Batch, Episode, Head
 
-# The official code's second to fourth template; the first is the dataset's own.
-WORDS = ("this is a photo of", "this is a picture of", "one picture of a")
+# The official code's second to fourth template for datasets without templates of their own.
+WORDS = ("this is a photo", "this is picture of", "one picture of a")
+BOTH_STAGES = tuple((shots, 2 * epochs) for shots, epochs in BY_SHOTS)
 SINKHORN_STEPS, SINKHORN_TOLERANCE = 100, 1e-2
 
 
@@ -59,14 +61,15 @@ class PlotPlusPlus(ClipMethod):
     equation = r"\tau \sum_{m,n} T_{c,mn} \cos(f_m, g_{n,c})"
     departures = (
         "One cosine schedule over both stages (vision prompts alone for the first half, then both).",
-        "The first text prompt starts from the template's own first words; prompts whose words are too few start from"
-        " random numbers.",
+        "The first text prompt starts from the template's own first words, the others from the same three phrases for every"
+        " dataset; prompts whose words are too few start from random numbers.",
+        WARMUP,
         "Validation chooses the stopping step.",
     )
     knobs = PlotKnobs
     inputs = "pixels"
     short = Recipe((5e-3,), steps=24, batch=8, max_norm=1.0)
-    published = Recipe((2e-3,), epochs=100, batch=32, optimizer="sgd", weight_decay=5e-4)
+    published = Recipe((2e-3,), epochs=BOTH_STAGES, batch=32, optimizer="sgd", weight_decay=5e-4, warmup_epochs=1)
 
     def build(self, episode: Episode, knobs: PlotKnobs) -> Head:
         import torch

@@ -1,7 +1,8 @@
 """ProGrad (Zhu et al., ICCV 2023, arXiv 2205.14865, equation 4): CoOp that never steps against zero-shot knowledge.
 
 With g_d the gradient of the cross-entropy and g_g that of KL(zero-shot ‖ prompt): g = g_d where g_d·g_g ≥ 0, else
-g_d − λ·(g_d·g_g / ‖g_g‖²)·g_g, λ = 1. Official code: 16 tokens, temperature 1, SGD lr 2e-3, batch 32, 100 epochs.
+g_d − λ·(g_d·g_g / ‖g_g‖²)·g_g, λ = 1. Official code: 16 tokens that start as the template's words with zeros before them,
+temperature 1, SGD lr 2e-3, batch 32, configurations of 50, 100 and 200 epochs, cosine after a warm-up epoch at 1e-5.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lab.methods.clip import Recipe, register
-from lab.methods.clip.coop import CoOp, CoOpKnobs
+from lab.methods.clip import BY_SHOTS, Recipe, register
+from lab.methods.clip.coop import WARMUP, CoOp, CoOpKnobs, leading_words
 from lab.methods.spec import Paper, knob
 
 if TYPE_CHECKING:
     import torch
 
-    from lab.clip.episode import Batch, Head
+    from lab.clip.episode import Batch, Episode, Head
 
 
 @dataclass
@@ -36,11 +37,29 @@ class ProGrad(CoOp):
     code = "https://github.com/BeierZhu/Prompt-align"
     summary = "CoOp whose gradient loses the part that would undo zero-shot predictions."
     equation = r"g = g_d - \lambda \min(0, g_d \cdot \hat g_g)\, \hat g_g"
-    departures = ("Features are computed once for a few random crops; validation chooses the stopping step.",)
-    published = Recipe((2e-3,), epochs=100, batch=32, optimizer="sgd", weight_decay=5e-4)
+    departures = (
+        "The words are the template's own up to the class; the official code has templates of its own that end with it.",
+        "Features are computed once for a few random crops; validation chooses the stopping step.",
+        WARMUP,
+    )
+    published = Recipe((2e-3,), epochs=BY_SHOTS, batch=32, optimizer="sgd", weight_decay=5e-4, warmup_epochs=1)
 
     def __init__(self) -> None:
         self.id, self.name, self.order, self.knobs = "prograd", "ProGrad", 24, ProGradKnobs
+
+    def build(self, episode: Episode, knobs: CoOpKnobs) -> Head:
+        import torch
+
+        from lab.clip.towers import word_embeddings
+
+        head = super().build(episode, knobs)
+        words = leading_words(episode)
+        count = next((n for n in range(knobs.tokens, 0, -1) if word_embeddings(episode.clip, words, n) is not None), 0)
+        if not knobs.words and count:
+            with torch.no_grad():
+                head["context"].zero_()
+                head["context"][-count:] = word_embeddings(episode.clip, words, count)
+        return head
 
     def loss(self, head: Head, batch: Batch) -> torch.Tensor:
         import torch

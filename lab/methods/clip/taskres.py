@@ -1,7 +1,8 @@
 """TaskRes (Yu et al., CVPR 2023, arXiv 2211.10277, equation 2): a residual on the text classifier.
 
-t'_c = t_c + α·x_c, x ∈ R^{C×d} trained from 0; α = 0.5 (1 for Flowers-102). Official code: Adam, lr 2e-3 (2e-4 on
-ImageNet), batch 256, 100 (1–4 shots) or 200 epochs, cosine with a constant warm-up epoch.
+t'_c = t_c + α·x_c, t_c as the tower gives it (not of length 1), x ∈ R^{C×d} trained from 0; α = 0.5 (1 for Flowers-102).
+Official code: Adam, lr 2e-3 (2e-4 on ImageNet), batch 256, 100 (1 to 4 shots) or 200 epochs, cosine after a warm-up epoch
+at 1e-5.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lab.methods.clip import ClipMethod, Recipe, register
+from lab.methods.clip.coop import WARMUP
 from lab.methods.spec import Knobs, Paper, knob
 
 if TYPE_CHECKING:
@@ -31,18 +33,21 @@ class TaskRes(ClipMethod):
     equation = r"t'_c = t_c + \alpha x_c"
     departures = (
         "The regular base only; the official code also offers an enhanced base tuned beforehand.",
-        "AdamW for Adam, and the residual is added to text features of length 1.",
+        "Features are computed once for a few random crops; validation chooses the stopping step.",
+        WARMUP,
     )
     knobs = TaskResKnobs
     short = Recipe((5e-3,), steps=200, batch=64)
-    published = Recipe((2e-3,), epochs=100, batch=256, weight_decay=5e-4)
+    published = Recipe(
+        (2e-3,), epochs=((4, 100), (16, 200)), batch=256, optimizer="adam", weight_decay=5e-4, warmup_epochs=1
+    )
 
     def build(self, episode: Episode, knobs: TaskResKnobs) -> Head:
         import torch
 
         from lab.clip.episode import Head
 
-        texts = episode.zero_shot
+        texts = episode.text_features
         return Head(knobs, {"residual": torch.zeros_like(texts)}, {"texts": texts}, clip=episode.clip)
 
     def logits(self, head: Head, batch: Batch) -> torch.Tensor:

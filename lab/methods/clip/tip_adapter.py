@@ -36,6 +36,8 @@ class TipAdapter(ClipMethod):
     equation = r"\tau f W_c^\top + \alpha \exp(-\beta(1 - f F^\top)) L"
     departures = (
         "α and β from a grid of 9 × 7 values for every dataset, instead of 20 × 200 in ranges set by dataset.",
+        "A cache key is the mean of the picture's plain view and its random crops, each of length 1; the official code"
+        " averages ten random crops before it normalises.",
     )
     knobs = TipKnobs
     trains = False

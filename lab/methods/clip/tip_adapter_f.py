@@ -1,7 +1,7 @@
 """Tip-Adapter-F (Zhang et al., ECCV 2022, arXiv 2207.09519, section 3.3): Tip-Adapter with its cache keys fine-tuned.
 
 The keys F are trained by cross-entropy with α = 1, β = 5.5 (the paper's initial values), then α and β are searched on
-validation. Official code: AdamW, lr 1e-3, eps 1e-4, batch 256, 20 epochs.
+validation. Official code: AdamW, lr 1e-3, eps 1e-4, batch 256, 20 epochs, cosine, α and β started from values set by dataset.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class TipAdapterF(TipAdapter):
     summary = "Tip-Adapter whose cached features are trained."
     departures = (
         *TipAdapter.departures,
+        "Training starts from the paper's α and β on every dataset.",
         "The official code keeps the epoch with the best test accuracy and reports the larger of that and the searched"
         " one; here validation pictures choose, and the test set is looked at once.",
     )
