@@ -7,7 +7,7 @@ grid.png, results.csv, report.html. Calling again with the same folder goes on w
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +47,16 @@ def _same(some: Sequence[Image.Image], others: Sequence[Image.Image]) -> bool:
     return len(some) == len(others) and all(a.convert("RGB").tobytes() == b.tobytes() for a, b in pairs)
 
 
-def run_all(out: Path, task_id: str, spec: dict[str, Any], report_for: Any) -> list[dict[str, Any]]:
+def run_all(out: Path, task_id: str, spec: dict[str, Any], report_for: Any, processes: int = 1) -> list[dict[str, Any]]:
     """Do every run that is not done. `report_for(planned)` gives the run's `report`.
 
-    A run that fails with a LabError is "failed", with the sentence as its message; the others go on.
-    Returns the runs as `lab.compare` takes them.
+    processes: how many runs are done at once, each in a process of its own with its share of the cores; `report_for`
+    is then a function of a module. A run that fails with a LabError is "failed", with the sentence as its message; the
+    others go on. Returns the runs as `lab.compare` takes them.
     """
-    task = TASKS[task_id]
-    runs = []
-    for planned in task.plan(spec):
+    plan, runs = TASKS[task_id].plan(spec), []
+    for planned, (state, message) in zip(plan, _attempts(out, task_id, spec, plan, report_for, processes), strict=True):
         folder = out / "runs" / run_name(planned)
-        report: Report = report_for(planned)
-        state, message = "done", ""
-        if not (folder / "result.json").exists():
-            try:
-                result = task.run(spec, planned, out / "inputs", folder, report)
-                write_json(folder / "result.json", result)
-            except LabError as error:
-                state, message = "failed", str(error)
         result = json.loads((folder / "result.json").read_text()) if state == "done" else {}
         runs.append(
             {
@@ -78,3 +70,41 @@ def run_all(out: Path, task_id: str, spec: dict[str, Any], report_for: Any) -> l
             }
         )
     return runs
+
+
+def _attempts(
+    out: Path, task_id: str, spec: dict[str, Any], plan: Sequence[PlannedRun], report_for: Any, processes: int
+) -> Iterator[tuple[str, str]]:
+    """(state, message) of each run, in the plan's order."""
+    if processes <= 1:
+        yield from (_attempt(out, task_id, spec, planned, report_for) for planned in plan)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _share_cores, (processes,))
+    try:
+        yield from [
+            waited.result()
+            for waited in [pool.submit(_attempt, out, task_id, spec, planned, report_for) for planned in plan]
+        ]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _attempt(out: Path, task_id: str, spec: dict[str, Any], planned: PlannedRun, report_for: Any) -> tuple[str, str]:
+    folder = out / "runs" / run_name(planned)
+    report: Report = report_for(planned)
+    if not (folder / "result.json").exists():
+        try:
+            write_json(folder / "result.json", TASKS[task_id].run(spec, planned, out / "inputs", folder, report))
+        except LabError as error:
+            return "failed", str(error)
+    return "done", ""
+
+
+def _share_cores(processes: int) -> None:
+    """Small products gain little from threads that wait for each other: a process gets its share of the cores."""
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))

@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="training steps, for every method")
     parser.add_argument("--batch", type=int, metavar="N", help="pictures a step")
     parser.add_argument("--lr", action="append", default=[], metavar="[METHOD=]X", help="learning rate, of all or one")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs done at once (default 1)")
     parser.add_argument("--skip-damaged", action="store_true", help="leave out pictures that cannot be read")
 
 
@@ -69,8 +70,10 @@ def run(args: argparse.Namespace) -> Any:
     from lab.clip import table
     from lab.files import write_atomic
 
+    if not 1 <= args.processes <= 64:
+        raise LabError(f"--processes must be between 1 and 64, got {args.processes}.")
     spec = comparison.start(args.out, NAME, to_spec(args), [])
-    runs = comparison.run_all(args.out, NAME, spec, progress)
+    runs = comparison.run_all(args.out, NAME, spec, progress, args.processes)
     found = table.records(runs)
     if found:
         write_atomic(args.out / "results.csv", table.results_csv(found))
