@@ -93,8 +93,8 @@ class Checkpoint:
 
     def _same_settings(self, saved: dict[str, Any]) -> None:
         now = json.loads(json.dumps(self.settings))
-        for name in sorted(saved.keys() | now.keys()):
-            if saved.get(name) != now.get(name):
+        for name in sorted(saved):  # a setting that is newer than the checkpoint had its default then
+            if saved[name] != now.get(name):
                 raise LabError(
                     f"The checkpoint in {self.path.parent.parent.name} was made with {name} = {saved.get(name)}, "
                     f"not {now.get(name)}: choose another output folder, or remove this one."

@@ -50,6 +50,28 @@ def weights_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
+WEIGHTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def held_in(device: torch.device, wish: str | None) -> torch.dtype:
+    """The dtype that a setting's word stands for, None being the device's own. Raises LabError for fp16 on a CPU,
+    whose norms take no half-precision weights."""
+    if wish == "fp16" and device.type == "cpu":
+        raise LabError("A processor does not compute with weights in fp16: choose bf16 or fp32, or a GPU.")
+    return WEIGHTS[wish] if wish else weights_dtype(device)
+
+
+def computes_in(network: torch.nn.Module) -> torch.dtype:
+    """`compute_dtype` of the network's device, but bf16 for a base that is held in it."""
+    first = next(network.parameters())
+    return torch.bfloat16 if first.dtype == torch.bfloat16 else compute_dtype(first.device)
+
+
+def autocast_of(network: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """`autocast` as the network's device and weights want it."""
+    return autocast(next(network.parameters()).device, computes_in(network))
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None = None) -> contextlib.AbstractContextManager[Any]:
     """Matrix products and convolutions in `dtype` (default: `compute_dtype`), everything else in fp32."""
     dtype = dtype or compute_dtype(device)

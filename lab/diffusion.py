@@ -1,20 +1,20 @@
-"""Latent diffusion as SDXL does it: what is computed once, the training loss, sampling.
+"""Latent diffusion as SDXL does it: what is computed once, and the training loss. `lab/sampling.py` draws.
 
-Nothing here knows of adapters: whatever is injected in `pipe.unet` takes part.
+Nothing here knows of adapters: whatever is injected in the pipeline's networks takes part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 
-from lab import device as devices
+from lab import images
 from lab.errors import LabError
-from lab.images import crop_box, cropped
+from lab.networks import ENCODERS, at_work
 
 # diffusers' own annotations leave out what its classes do (config attributes, module calls): they cannot be checked.
 Pipeline = Any  # StableDiffusionXLPipeline
@@ -23,15 +23,17 @@ Schedule = Any  # DDPMScheduler
 
 @dataclass
 class Pictures:
-    """Training pictures of one concept, encoded once. n pictures, latents of c×h×w, prompts of L tokens.
+    """Training pictures of one concept, encoded once. n pictures, prompts of L tokens.
 
-    mean, std (n, c, h, w): the VAE's posterior, unscaled; time_ids (n, 6): height, width, top, left, target height and
-    width (SDXL, section 2.2); states (n, L, d) and pooled (n, p): the prompts' embeddings.
+    mean, std: of the VAE's posterior, unscaled, (c, h, w) for each picture; time_ids (n, 6): height, width, top, left,
+    target height and width (SDXL, section 2.2); texts: the prompts; states (n, L, d) and pooled (n, p): their
+    embeddings.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
+    mean: list[torch.Tensor]
+    std: list[torch.Tensor]
     time_ids: torch.Tensor
+    texts: list[str]
     states: torch.Tensor
     pooled: torch.Tensor
 
@@ -47,17 +49,36 @@ class Prompt:
     pooled: torch.Tensor
 
 
+def embed(pipe: Pipeline, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of each text, states (n, L, d) and pooled (n, p), by the encoders as they are, with gradients."""
+    distinct = list(dict.fromkeys(texts))
+    states, _, pooled, _ = pipe.encode_prompt(
+        prompt=distinct, device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    index = torch.tensor([distinct.index(text) for text in texts], device=states.device)
+    return states[index], pooled[index]
+
+
 @torch.no_grad()
 def encode_prompts(pipe: Pipeline, texts: Sequence[str]) -> dict[str, Prompt]:
-    """Embeddings of each distinct text, and under "" those of the empty (negative) prompt."""
+    """Embeddings of each distinct text, and under "" those of the empty (negative) prompt.
+
+    The encoders leave the accelerator afterwards. Raises LabError when their numbers overflow.
+    """
     distinct = [text for text in dict.fromkeys(texts) if text]
     found: dict[str, Prompt] = {}
-    for text in distinct or ["a"]:
-        states, none, pooled, none_pooled = pipe.encode_prompt(
-            prompt=text, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=True
-        )
-        found[text] = Prompt(states[0].float(), pooled[0].float())
-        found[""] = Prompt(none[0].float(), none_pooled[0].float())
+    with at_work(pipe, *ENCODERS):
+        for text in distinct or ["a"]:
+            states, none, pooled, none_pooled = pipe.encode_prompt(
+                prompt=text, device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+            )
+            if not (torch.isfinite(states).all() and torch.isfinite(pooled).all()):
+                raise LabError(
+                    f"The text encoders give numbers out of range for '{text[:60]}': hold the base's weights in bf16 "
+                    "or fp32, or lower the learning rate if the encoders are trained."
+                )
+            found[text] = Prompt(states[0].float(), pooled[0].float())
+            found[""] = Prompt(none[0].float(), none_pooled[0].float())
     return found
 
 
@@ -71,49 +92,54 @@ def encode_pictures(
     *,
     flip: bool = False,
     size_conditioning: bool = True,
+    buckets: bool = False,
 ) -> Pictures:
     """Encode pictures and prompts. With `flip`, every mirrored picture follows as one more.
 
-    Crops are told in pixels of the picture as resized for training, as SDXL was trained. Raises LabError, naming the
-    picture, when the VAE's numbers overflow.
+    Crops are told in pixels of the picture as resized for training, as SDXL was trained. With `buckets`, a picture
+    without a crop is trained in the bucket nearest to its own aspect ratio, whose height and width are then the target
+    size. The VAE and the encoders leave the accelerator afterwards. Raises LabError, naming the picture, when the
+    VAE's numbers overflow.
     """
-    squares, time_ids, texts = [], [], []
+    views, time_ids, texts = [], [], []
+    step = images.bucket_step(resolution, pipe.vae_scale_factor)
     for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
         crop = crops[number] if crops else None
-        left, top, size = crop_box(picture, crop, number)
-        square = cropped(picture, crop, resolution, number)
-        scale = resolution / size
-        right = picture.width - left - size
+        view = images.framed(picture, crop, resolution, number, bucket_step=step if buckets else 0)
+        width, height = view.picture.size
         for mirrored in (False, True) if flip else (False,):
-            squares.append(square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else square)
-            x = right if mirrored else left
-            told = (picture.height, picture.width, round(top * scale), round(x * scale), resolution, resolution)
-            time_ids.append(told if size_conditioning else (resolution, resolution, 0, 0, resolution, resolution))
+            flipped = view.picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else view.picture
+            views.append(flipped)
+            x = view.right if mirrored else view.left
+            told = (picture.height, picture.width, view.top, x, height, width)
+            time_ids.append(told if size_conditioning else (height, width, 0, 0, height, width))
             texts.append(prompt)
-    mean, std = zip(*(_posterior(pipe, square, number) for number, square in enumerate(squares)), strict=True)
+    with at_work(pipe, "vae"):
+        mean, std = zip(*(_posterior(pipe, view, number) for number, view in enumerate(views)), strict=True)
     embedded = encode_prompts(pipe, texts)
     return Pictures(
-        torch.cat(mean),
-        torch.cat(std),
-        torch.tensor(time_ids, dtype=torch.float32, device=pipe.device),
+        list(mean),
+        list(std),
+        torch.tensor(time_ids, dtype=torch.float32, device=pipe.unet.device),
+        texts,
         torch.stack([embedded[text].states for text in texts]),
         torch.stack([embedded[text].pooled for text in texts]),
     )
 
 
-def _posterior(pipe: Pipeline, square: Image.Image, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels = pipe.image_processor.preprocess(square)  # (1, 3, resolution, resolution) in -1..1
-    with _safe_vae(pipe) as vae:
-        posterior = vae.encode(pixels.to(pipe.device, vae.dtype)).latent_dist
+def _posterior(pipe: Pipeline, view: Image.Image, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = pipe.image_processor.preprocess(view)  # (1, 3, height, width) in -1..1
+    with safe_vae(pipe) as vae:
+        posterior = vae.encode(pixels.to(pipe.unet.device, vae.dtype)).latent_dist
     if not torch.isfinite(posterior.mean).all():
         raise LabError(
             f"The VAE gives numbers out of range for picture {number + 1}: "
             "take the base's fp16-fixed VAE, or set LAB_DEVICE=cpu."
         )
-    return posterior.mean.float(), posterior.std.float()
+    return posterior.mean[0].float(), posterior.std[0].float()
 
 
-class _safe_vae:  # noqa: N801 - used as a context manager
+class safe_vae:  # noqa: N801 - used as a context manager
     """The VAE, in fp32 while it is used where its own numbers overflow in fp16 (`force_upcast`)."""
 
     def __init__(self, pipe: Pipeline) -> None:
@@ -165,7 +191,8 @@ def training_schedule(pipe: Pipeline) -> Schedule:
 def snr_weights(schedule: Schedule, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """Min-SNR-γ weights (Hang et al., arXiv 2303.09556, eq. 6 and its v form): min(SNR, γ)/SNR, or /(SNR + 1).
 
-    At zero terminal SNR the ε weight is its limit, 1.
+    At zero terminal SNR the ε weight is its limit, 1. (diffusers' DreamBooth script takes min(SNR, γ)/SNR + 1 for v;
+    the paper's form is that of diffusers' text-to-image scripts and of kohya's.)
     """
     alphas = schedule.alphas_cumprod.to(timesteps.device)[timesteps].double()
     snr = alphas / (1 - alphas)
@@ -182,95 +209,32 @@ def denoising_loss(
     chosen: Sequence[int],
     generator: torch.Generator,
     snr_gamma: float | None = None,
+    embedded: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Loss of each chosen picture, (batch,): mean squared error over its latent, weighted by min-SNR where asked.
 
+    `embedded`: states and pooled embeddings of the chosen pictures' texts, where they are not the cached ones.
     Drawn from the generator, on the CPU so that every device sees the same, in this order: the latents from the VAE's
-    posterior, the noise, the timesteps.
+    posterior, the noise, the timesteps. Pictures of one size go through the UNet together.
     """
-    index = torch.as_tensor(chosen, device=pictures.mean.device)
-    mean = pictures.mean[index]
-    draw = torch.randn(mean.shape, generator=generator).to(mean.device)
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    steps = schedule.config.num_train_timesteps
-    timesteps = torch.randint(0, steps, (len(index),), generator=generator).to(mean.device)
-    latents = scaled(vae, mean + pictures.std[index] * draw)
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    known = {"text_embeds": pictures.pooled[index], "time_ids": pictures.time_ids[index]}
-    predicted = unet(noisy, timesteps, encoder_hidden_states=pictures.states[index], added_cond_kwargs=known).sample
-    wanted = noise
-    if schedule.config.prediction_type == "v_prediction":
-        wanted = schedule.get_velocity(latents, noise, timesteps)
-    losses = (predicted.float() - wanted).square().mean(dim=(1, 2, 3))
-    return losses if snr_gamma is None else losses * snr_weights(schedule, timesteps, snr_gamma)
-
-
-# -- sampling ------------------------------------------------------------------------------------------
-@torch.no_grad()
-def sample(
-    pipe: Pipeline,
-    prompts: Sequence[Prompt],
-    seeds: Sequence[int],
-    negative: Prompt,
-    *,
-    steps: int,
-    guidance: float,
-    resolution: int,
-    batch: int = 16,
-    on_step: Callable[[int, int], None] | None = None,
-) -> list[Image.Image]:
-    """One picture a prompt and seed (`prompts[i]` with `seeds[i]`).
-
-    A picture depends on its own prompt and seed, not on its neighbours in the batch, but for rounding: its first noise
-    is drawn on the CPU from its seed alone, the same for every method. `on_step(done, all)` counts sampling steps.
-    """
-    pictures: list[Image.Image] = []
-    parts = [range(i, min(i + batch, len(prompts))) for i in range(0, len(prompts), batch)]
-    for number, part in enumerate(parts):
-        generators = [torch.Generator().manual_seed(seeds[i]) for i in part]
-        side = resolution // pipe.vae_scale_factor
-        shape = (1, pipe.unet.config.in_channels, side, side)
-        first = torch.cat([torch.randn(shape, generator=g) for g in generators])
-
-        def told(_pipe: Any, step: int, _time: Any, tensors: dict[str, Any], number: int = number) -> dict[str, Any]:
-            if on_step:
-                on_step(number * steps + step + 1, len(parts) * steps)
-            return tensors
-
-        with devices.autocast(pipe.device):
-            latents = pipe(
-                prompt_embeds=torch.stack([prompts[i].states for i in part]),
-                pooled_prompt_embeds=torch.stack([prompts[i].pooled for i in part]),
-                negative_prompt_embeds=negative.states.expand(len(part), -1, -1),
-                negative_pooled_prompt_embeds=negative.pooled.expand(len(part), -1),
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                height=resolution,
-                width=resolution,
-                latents=first.to(pipe.device),
-                generator=generators,
-                output_type="latent",
-                callback_on_step_end=told,
-            ).images
-        pictures += decode(pipe, latents)
-    return pictures
-
-
-@torch.no_grad()
-def decode(pipe: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Latents → pictures, large ones one at a time: the VAE's decoder is where memory peaks.
-
-    Raises LabError when the numbers are not finite.
-    """
-    pictures = []
-    side = latents.shape[-1] * pipe.vae_scale_factor
-    with _safe_vae(pipe) as vae:
-        for part in unscaled(vae, latents.float()).split(max(1, 2**17 // side**2)):
-            pixels = vae.decode(part.to(vae.dtype), return_dict=False)[0].float()
-            if not torch.isfinite(pixels).all():
-                raise LabError(
-                    "A picture came out as numbers out of range: the adapter's learning rate was probably too high, "
-                    "or the base needs its fp16-fixed VAE."
-                )
-            pictures += pipe.image_processor.postprocess(pixels, output_type="pil")
-    return pictures
+    device, count = pictures.time_ids.device, len(chosen)
+    mean, std = [pictures.mean[i] for i in chosen], [pictures.std[i] for i in chosen]
+    draw, noise = ([torch.randn(m.shape, generator=generator).to(device) for m in mean] for _ in range(2))
+    timesteps = torch.randint(0, schedule.config.num_train_timesteps, (count,), generator=generator).to(device)
+    index = torch.as_tensor(chosen, device=device)
+    states, pooled = embedded or (pictures.states[index], pictures.pooled[index])
+    losses: list[Any] = [None] * count
+    for shape in dict.fromkeys(m.shape for m in mean):
+        part = [i for i in range(count) if mean[i].shape == shape]
+        latents = scaled(vae, torch.stack([mean[i] + std[i] * draw[i] for i in part]))
+        known = {"text_embeds": pooled[part], "time_ids": pictures.time_ids[index[part]]}
+        noises, t = torch.stack([noise[i] for i in part]), timesteps[part]
+        noisy = schedule.add_noise(latents, noises, t)
+        predicted = unet(noisy, t, encoder_hidden_states=states[part], added_cond_kwargs=known).sample
+        wanted = noises
+        if schedule.config.prediction_type == "v_prediction":
+            wanted = schedule.get_velocity(latents, noises, t)
+        for i, loss in zip(part, (predicted.float() - wanted).square().mean(dim=(1, 2, 3)), strict=True):
+            losses[i] = loss
+    found = torch.stack(losses)
+    return found if snr_gamma is None else found * snr_weights(schedule, timesteps, snr_gamma)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -29,11 +31,62 @@ def crop_box(picture: Image.Image, crop: Sequence[int] | None, number: int = 0) 
     return left, top, size
 
 
+@dataclass(frozen=True)
+class View:
+    """What is trained on of one picture, and where it lies: left, top, right in pixels of the whole picture resized
+    by the same factor."""
+
+    picture: Image.Image
+    left: int
+    top: int
+    right: int
+
+
+def framed(
+    picture: Image.Image, crop: Sequence[int] | None, resolution: int, number: int = 0, bucket_step: int = 0
+) -> View:
+    """The part of a picture that is trained on, at the training resolution.
+
+    The crop's square, or the centre's; with `bucket_step`, a picture without a crop keeps its aspect ratio as nearly
+    as a bucket of that step does (`bucket`), and loses no more than that at two sides.
+    """
+    if bucket_step and crop is None:
+        width, height = bucket(picture.width, picture.height, resolution, bucket_step)
+    else:
+        width = height = resolution
+    whole = picture.convert("RGB")
+    if width == height:
+        left, top, size = crop_box(picture, crop, number)
+        scale, right = resolution / size, picture.width - left - size
+        view = whole.crop((left, top, left + size, top + size)).resize((width, height), Image.Resampling.LANCZOS)
+    else:
+        scale = max(width / picture.width, height / picture.height)
+        left, top = (picture.width - width / scale) / 2, (picture.height - height / scale) / 2
+        box = (max(0.0, left), max(0.0, top), picture.width - max(0.0, left), picture.height - max(0.0, top))
+        view, right = whole.resize((width, height), Image.Resampling.LANCZOS, box=box), left
+    return View(view, round(left * scale), round(top * scale), round(right * scale))
+
+
 def cropped(picture: Image.Image, crop: Sequence[int] | None, resolution: int, number: int = 0) -> Image.Image:
     """The square that is trained on, at the training resolution."""
-    left, top, size = crop_box(picture, crop, number)
-    square = picture.convert("RGB").crop((left, top, left + size, top + size))
-    return square.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return framed(picture, crop, resolution, number).picture
+
+
+def bucket_step(resolution: int, vae_scale_factor: int) -> int:
+    """Sides of buckets are multiples of this: 64 pixels at SDXL's 1024, as it was trained (section 2.3)."""
+    return max(vae_scale_factor, resolution // 16 // vae_scale_factor * vae_scale_factor)
+
+
+def bucket(width: int, height: int, resolution: int, step: int) -> tuple[int, int]:
+    """(width, height) of the bucket whose aspect ratio is nearest: multiples of `step`, at most resolution² pixels,
+    sides from half to twice the resolution."""
+    wanted, area = math.log(width / height), resolution * resolution
+    sides = []
+    for side in range(step, 2 * resolution + 1, step):
+        other = min(area // side // step * step, 2 * resolution)
+        if side * 2 >= resolution and other * 2 >= resolution:
+            sides += [(side, other), (other, side)]
+    return min(sides, key=lambda pair: (abs(math.log(pair[0] / pair[1]) - wanted), -pair[0] * pair[1]))
 
 
 def read_folder(folder: Path) -> list[Image.Image]:

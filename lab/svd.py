@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -167,13 +167,42 @@ def bases(weights: Sequence[torch.Tensor], ranks: Sequence[int], **options: bool
     """
     threads = torch.get_num_threads()
     if threads == 1 or any(w.device.type != "cpu" for w in weights):
-        return [basis(w, r, **options) for w, r in zip(weights, ranks, strict=True)]
+        return _counted((basis(w, r, **options) for w, r in zip(weights, ranks, strict=True)), len(ranks))
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(lambda pair: basis(*pair, **options), zip(weights, ranks, strict=True)))
+            try:
+                found = pool.map(lambda pair: basis(*pair, **options), zip(weights, ranks, strict=True))
+                return _counted(found, len(ranks))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # what is under way is finished, the rest is not begun
+                raise
     finally:
         torch.set_num_threads(threads)
+
+
+_tell: Callable[[int, int], None] | None = None
+
+
+@contextlib.contextmanager
+def telling(tell: Callable[[int, int], None]) -> Generator[None]:
+    """Call `tell(done, all)` after each of the factorisations that `bases` makes meanwhile: a whole model's take
+    minutes. It may raise, which stops them."""
+    global _tell
+    before, _tell = _tell, tell
+    try:
+        yield
+    finally:
+        _tell = before
+
+
+def _counted(found: Iterable[Basis], count: int) -> list[Basis]:
+    made = []
+    for basis in found:
+        made.append(basis)
+        if _tell is not None:
+            _tell(len(made), count)
+    return made
 
 
 def _read(path: Path) -> Basis | None:

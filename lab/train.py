@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 from lab import device as devices
+from lab import optimizers
 from lab.checkpoint import Checkpoint
 from lab.errors import LabError
 from lab.tasks import Report
@@ -51,6 +52,8 @@ class Settings:
     weight_decay: float = 0.0
     checkpoint_every: int = 50
     preview_every: int = 0  # 0: never
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    text_encoder_rate: float = 1.0  # learning rate of text encoders as a share of the rest's
 
     def factor(self, step: int) -> float:
         """What the learning rate is multiplied by at step 0, 1, …, steps - 1."""
@@ -88,10 +91,17 @@ def train(
     """
     device = next(model.parameters()).device
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = method.optimizer(model, settings.lr, settings.weight_decay)
+    optimizer = optimizers.make(
+        method,
+        model,
+        settings.lr,
+        settings.weight_decay,
+        kind=settings.optimizer,
+        text_encoder_rate=settings.text_encoder_rate,
+    )
     rates = [group["lr"] for group in optimizer.param_groups]  # a method may give its groups different rates
     generator = devices.generator(settings.seed, 1)
-    scaler = torch.amp.GradScaler(device.type, enabled=devices.compute_dtype(device) == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=devices.computes_in(model) == torch.float16)
     checkpoint = Checkpoint(folder / "checkpoint", model, method, optimizer, scaler, generator, asdict(settings))
     memory = devices.PeakMemory(device).start()
 
@@ -106,7 +116,7 @@ def train(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * settings.factor(step)
         method.before_step(model, step, settings.steps)
-        with devices.autocast(device):
+        with devices.autocast_of(model):
             loss = objective.loss(model, generator)
             penalty = method.penalty(model)
         total = loss if penalty is None else loss + penalty

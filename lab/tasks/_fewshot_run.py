@@ -26,18 +26,20 @@ from lab.errors import LabError
 from lab.files import write_atomic, write_json
 from lab.record import record
 from lab.tasks import PlannedRun, Report
-from lab.tasks.fewshot import PRESETS, method, recipe
+from lab.tasks.fewshot import PRESETS, method, parts, recipe
 
 
 def run(spec: dict[str, Any], planned: PlannedRun, folder: Path, report: Report) -> dict[str, Any]:
-    """See `lab.tasks.Task.run`. Writes meta.json, validation.jsonl and, for each number of shots, what was trained
-    (`state.safetensors`, for adapters `adapter/` too) and result.json."""
+    """See `lab.tasks.Task.run`. Writes meta.json, validation.jsonl and, for each dataset and number of shots, what was
+    trained (`state.safetensors`, for adapters `adapter/` too) and result.json."""
     folder.mkdir(parents=True, exist_ok=True)
     report(0, 1, phase="loading the model")
     clip, listing = model(spec["base"]), pictures(spec["dataset"])
     write_json(folder / "meta.json", record(spec, planned, devices.describe(clip.device)))
-    parts = _parts(report, spec, planned.method, len(listing.classes))
-    done = [_shots(spec, planned, k, folder, part) for k, part in zip(spec["shots"], parts, strict=True)]
+    work = [(own, k, place) for own, place in parts(spec, folder) for k in spec["shots"]]
+    reports = _parts(report, planned.method, [(own, k) for own, k, _ in work])
+    note = functools.partial(_note, folder / "validation.jsonl")
+    done = [_shots(own, planned, k, place, told, note) for (own, k, place), told in zip(work, reports, strict=True)]
     return {
         "method": planned.method,
         "seed": planned.seed,
@@ -45,10 +47,11 @@ def run(spec: dict[str, Any], planned: PlannedRun, folder: Path, report: Report)
         "dataset": spec["dataset"],
         "classes": spec["classes"] or listing.classes,
         "duplicates": listing.duplicates,
-        "trainable_parameters": done[-1]["trainable_parameters"],
+        "datasets": [spec["dataset"], *(spec.get("also") or [])],
+        "trainable_parameters": done[len(spec["shots"]) - 1]["trainable_parameters"],
         "train_seconds": sum(part["train_seconds"] for part in done),
         "peak_memory_bytes": max(part["peak_memory_bytes"] for part in done),
-        "accuracy": {str(part["shots"]): part["accuracy"] for part in done},
+        "accuracy": {str(part["shots"]): part["accuracy"] for part in done[: len(spec["shots"])]},
         "shots": done,
     }
 
@@ -59,7 +62,7 @@ def model(base: str) -> Clip:
     return resolve(base).load()
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)
 def pictures(dataset: str) -> datasets.Listing:
     return datasets.resolve(dataset, local=False).listing()
 
@@ -101,7 +104,8 @@ def _episode(text: str, shots: int, seed: int) -> Episode:
 
 
 def build(spec: dict[str, Any], planned: PlannedRun, shots: int, folder: Path) -> tuple[ClipMethod, Head]:
-    """A trained classifier as a finished run left it in `folder`: for new pictures. Raises LabError if it did not."""
+    """A trained classifier as a finished run left it in `folder`, for new pictures; spec and folder are those of one
+    dataset (`lab.tasks.fewshot.parts`). Raises LabError if it did not."""
     from safetensors.torch import load_file
 
     here = folder / f"shots-{shots}"
@@ -116,15 +120,21 @@ def build(spec: dict[str, Any], planned: PlannedRun, shots: int, folder: Path) -
     return trained, head
 
 
-def _parts(report: Report, spec: dict[str, Any], id: str, classes: int) -> list[Report]:
-    """A report for each number of shots, so that the run's progress counts the steps of all of them."""
-    plan, trains = recipe(spec, id), runner(id).trains
-    lengths = [plan.length(k, k * classes) * len(plan.rates) if trains else 1 for k in spec["shots"]]
+def _parts(report: Report, id: str, work: list[tuple[dict[str, Any], int]]) -> list[Report]:
+    """A report for each dataset and number of shots, so that the run's progress counts the steps of all of them."""
+    trains, names = runner(id).trains, [own["dataset"] for own, _ in work]
+    lengths = []
+    for own, k in work:
+        plan = recipe(own, id)
+        classes = len(pictures(own["dataset"]).classes)
+        lengths.append(plan.length(k, k * classes) * len(plan.rates) if trains else 1)
 
     def part(index: int) -> Report:
+        name = f"{datasets.resolve(names[index], local=False).name}, " if len(set(names)) > 1 else ""
+
         def told(step: int, steps: int, **values: Any) -> None:
             done = sum(lengths[:index]) + lengths[index] * step // max(1, steps)
-            phase = f"{spec['shots'][index]} shots: {values.pop('phase', 'training')}"
+            phase = f"{name}{work[index][1]} shots: {values.pop('phase', 'training')}"
             report(done, sum(lengths), phase=phase, **values)
 
         return told
@@ -132,20 +142,23 @@ def _parts(report: Report, spec: dict[str, Any], id: str, classes: int) -> list[
     return [part(i) for i in range(len(lengths))]
 
 
-def _shots(spec: dict[str, Any], planned: PlannedRun, shots: int, folder: Path, report: Report) -> dict[str, Any]:
+def _shots(
+    spec: dict[str, Any], planned: PlannedRun, shots: int, folder: Path, report: Report, note: Callable[..., Any]
+) -> dict[str, Any]:
     here = folder / f"shots-{shots}"
     if (here / "result.json").exists():
         return json.loads((here / "result.json").read_text())
-    here.mkdir(exist_ok=True)
+    here.mkdir(parents=True, exist_ok=True)
     report(0, 1, phase="reading pictures")
     trained, drawn, plan = runner(planned.method), episode(spec, shots, planned.seed), recipe(spec, planned.method)
     knobs = method(planned.method).knobs.parse(planned.knobs)
-    fitted = fitting.fit(trained, drawn, knobs, plan, here, report, _note(folder / "validation.jsonl", shots))
+    fitted = fitting.fit(trained, drawn, knobs, plan, here, report, note(spec["dataset"], shots))
     report(1, 1, phase="testing")
     held_out = TestSet(drawn.clip, pictures(spec["dataset"]), datasets.home() / "cache" / "features")
     logits = fitting.test(trained, fitted.head, held_out)
     scores = score(logits, held_out.labels, [picture.key for picture in held_out.listing.test])
-    result = _result(trained, fitted, drawn, plan, _save(trained, fitted.head, here)) | scores
+    result = {"dataset": spec["dataset"]} | _result(trained, fitted, drawn, plan, _save(trained, fitted.head, here))
+    result |= scores
     write_json(here / "result.json", result)
     return result
 
@@ -154,6 +167,7 @@ def _result(trained: ClipMethod, fitted: Fitted, drawn: Episode, plan: Recipe, s
     return {
         "shots": drawn.shots,
         "trainable_parameters": fitted.head.parameter_count(),
+        "head_parameters": 0 if drawn.clip.has_text else sum(p.numel() for p in fitted.head.trained.values()),
         "adapter_bytes": size,
         "train_seconds": fitted.train_seconds,
         "peak_memory_bytes": fitted.peak_memory_bytes,
@@ -187,11 +201,11 @@ def _save(trained: ClipMethod, head: Head, folder: Path) -> int:
     return len(content)
 
 
-def _note(path: Path, shots: int) -> Callable[..., None]:
+def _note(path: Path, dataset: str, shots: int) -> Callable[..., None]:
     """Appends a line for each validation to the run's curve."""
 
     def note(**values: Any) -> None:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"shots": shots} | values) + "\n")
+            file.write(json.dumps({"dataset": dataset, "shots": shots} | values) + "\n")
 
     return note

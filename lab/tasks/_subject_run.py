@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,21 @@ import torch
 from PIL import Image
 
 from lab import device as devices
-from lab import metrics
+from lab import metrics, svd
 from lab.bases import resolve
-from lab.diffusion import encode_pictures, encode_prompts, sample, training_schedule
+from lab.diffusion import embed, encode_pictures, encode_prompts, training_schedule
 from lab.errors import LabError
 from lab.files import write_atomic, write_json
-from lab.images import cropped, read_folder, strip
+from lab.images import bucket_step, framed, read_folder, strip
 from lab.jobs import disk
 from lab.methods import METHODS
+from lab.networks import ENCODERS, at_work, network
 from lab.record import record
+from lab.sampling import sample
 from lab.targets import modules
 from lab.tasks import PlannedRun, Report
 from lab.tasks._dreambooth import DreamBooth
-from lab.tasks.subject import check_count, instance_prompts, prompts
+from lab.tasks.subject import DEFAULTS, check_count, instance_prompts, prompts
 from lab.train import Settings, train
 
 PREVIEW_STEPS = 10
@@ -36,11 +40,12 @@ UNRELATED_SEED = 7
 def run(spec: dict[str, Any], planned: PlannedRun, inputs: Path, folder: Path, report: Report) -> dict[str, Any]:
     """See `lab.tasks.Task.run`. Writes meta.json, metrics.jsonl, preview(s), samples and adapter into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    spec = DEFAULTS | spec  # a spec may be older than a setting
     pictures = read_folder(inputs)
     check_count(len(pictures))
     report(0, spec["steps"], phase="loading the base model")
     subject = Run(spec, planned, pictures, folder, inputs.parent, report)
-    write_json(folder / "meta.json", record(spec, planned, devices.describe(subject.pipe.device)))
+    write_json(folder / "meta.json", record(spec, planned, devices.describe(subject.device)))
     if planned.method == "base":
         return {"method": "base", "seed": planned.seed, "knobs": {}} | subject.draw_and_score()
     return subject.train_and_score()
@@ -62,9 +67,11 @@ class Run:
         self.spec, self.planned, self.folder, self.shared, self.tell = spec, planned, folder, shared, report
         self.pictures, self.prompts = pictures, prompts(spec, planned.method)
         self.base = resolve(spec["base"])
-        self.pipe = self.base.load()
+        self.device = devices.pick()
+        self.pipe = self.base.load(self.device, devices.held_in(self.device, spec["weights"]))
         self.resolution = spec["resolution"] or self.pipe.default_sample_size * self.pipe.vae_scale_factor
         self.known = encode_prompts(self.pipe, [*self.prompts, *spec["unrelated_prompts"]])
+        self.text_adapted = False  # whether the encoders carry an adapter now: embeddings then change with it
         self.step = 0  # how far training is, for reports of what comes before and after it
 
     def report(self, phase: str, **values: Any) -> None:
@@ -80,9 +87,11 @@ class Run:
         model = self._attach(objective)
         try:
             settings = Settings(
-                **{name: spec[name] for name in ("steps", "schedule", "warmup", "checkpoint_every", "preview_every")},
+                **{name: spec[name] for name in ("steps", "schedule", "warmup", "optimizer")},
+                **{name: spec[name] for name in ("checkpoint_every", "preview_every")},
                 lr=spec["lr"][planned.method],
                 seed=planned.seed,
+                text_encoder_rate=spec["text_encoder_rate"] if spec["text_encoder"] else 1.0,
             )
             method = METHODS[planned.method]
             trained = train(model, method, objective, settings, self.folder, self.tell, self._preview)
@@ -93,8 +102,7 @@ class Run:
             if scorer and before:
                 drift = metrics.drift(scorer, before, self._draw(texts, seeds, "drawing unrelated prompts"))
         finally:
-            model.unload()
-            self.pipe.unet.disable_gradient_checkpointing()
+            self._detach(model)
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
         return {
             "method": planned.method,
@@ -120,6 +128,7 @@ class Run:
             spec["crops"],
             flip=spec["flip"],
             size_conditioning=self.base.size_conditioning,
+            buckets=spec["buckets"],
         )
         if spec["prior_weight"] > 0:
             class_pictures = self._prior()
@@ -134,6 +143,7 @@ class Run:
             seed=self.planned.seed,
             snr_gamma=spec["snr_gamma"],
             prior_weight=spec["prior_weight"],
+            embed=partial(embed, pipe) if spec["text_encoder"] else None,
         )
 
     def _class_prompt(self) -> str:
@@ -156,29 +166,45 @@ class Run:
         return drawn
 
     def _attach(self, objective: DreamBooth) -> Any:
-        planned, unet = self.planned, self.pipe.unet
+        """The adapter on the UNet, or on the UNet and both text encoders."""
+        planned, unet, text = self.planned, self.pipe.unet, self.spec["text_encoder"]
         method = METHODS[planned.method]
         devices.seed_everything(planned.seed)
-        names = modules(unet, self.spec["targets"])
-
-        def calibrate() -> torch.Tensor:
-            with devices.autocast(self.pipe.device):
-                return objective.loss(unet, devices.generator(planned.seed, 3))
-
         if self.spec["gradient_checkpointing"]:
             unet.enable_gradient_checkpointing()
-        self.report("attaching the adapter")
-        knobs = method.knobs.parse(planned.knobs)
         try:
-            model = method.attach(unet, knobs, names, seed=planned.seed, calibrate=calibrate)
+            with contextlib.ExitStack() as stack:
+                if text:  # on the device from here on: a part that is trained does not leave it
+                    stack.enter_context(at_work(self.pipe, *ENCODERS))
+                whole = network(self.pipe, text)
+
+                def calibrate() -> torch.Tensor:
+                    with devices.autocast_of(unet):
+                        return objective.loss(whole, devices.generator(planned.seed, 3))
+
+                self.report("attaching the adapter")
+                stack.enter_context(
+                    svd.telling(lambda done, all: self.report("factorising the weights", done=done / all))
+                )
+                names, knobs = modules(whole, self.spec["targets"]), method.knobs.parse(planned.knobs)
+                model = method.attach(whole, knobs, names, seed=planned.seed, calibrate=calibrate)
         except BaseException:
             self.base.forget()  # it may be half changed
             raise
+        self.text_adapted = text
         objective.position = 0
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         for config in model.peft_config.values():
             config.base_model_name_or_path = self.base.public_name
         return model
+
+    def _detach(self, model: Any) -> None:
+        """Leave the base, which other runs share, as it was."""
+        model.unload()
+        self.text_adapted = False
+        self.pipe.unet.disable_gradient_checkpointing()
+        with at_work(self.pipe, *ENCODERS):
+            pass  # off the device again
 
     def _preview(self, step: int) -> None:
         self.step = step
@@ -207,8 +233,11 @@ class Run:
 
     # -- drawing ---------------------------------------------------------------------------------------
     def _draw(self, texts: Sequence[str], seeds: Sequence[int], phase: str = "", steps: int = 0) -> list[Image.Image]:
-        if missing := [text for text in texts if text not in self.known]:
-            self.known |= encode_prompts(self.pipe, missing)
+        known = self.known
+        if self.text_adapted:
+            known = encode_prompts(self.pipe, texts)
+        elif missing := [text for text in texts if text not in known]:
+            known |= encode_prompts(self.pipe, missing)
 
         def on_step(done: int, every: int) -> None:
             if phase and self.planned.method == "base":  # drawing is all that this run does
@@ -218,12 +247,13 @@ class Run:
 
         return sample(
             self.pipe,
-            [self.known[text] for text in texts],
+            [known[text] for text in texts],
             list(seeds),
-            self.known[""],
+            known[""],
             steps=steps or self.spec["sampling_steps"],
             guidance=self.spec["guidance"],
             resolution=self.resolution,
+            offload=self.spec["offload"],
             on_step=on_step,
         )
 
@@ -248,7 +278,9 @@ class Run:
         if scorer is None:
             return {"sample_seconds": seconds} | dict.fromkeys(("clip_t", "clip_i", "clip_t_each", "clip_i_each"))
         crops = self.spec["crops"] or [None] * len(self.pictures)
-        shown = [cropped(p, c, self.resolution, i) for i, (p, c) in enumerate(zip(self.pictures, crops, strict=True))]
+        step = bucket_step(self.resolution, self.pipe.vae_scale_factor) if self.spec["buckets"] else 0
+        pairs = enumerate(zip(self.pictures, crops, strict=True))
+        shown = [framed(p, c, self.resolution, i, step).picture for i, (p, c) in pairs]
         asked = [text for text in prompts(self.spec, "base") for _ in seeds]  # without the trigger, no real word
         return {"sample_seconds": seconds} | metrics.scores(scorer, drawn, asked, shown)
 

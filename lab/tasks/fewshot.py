@@ -1,8 +1,8 @@
 """Few-shot task: teach an image-text model a dataset's classes from a few pictures each, by many methods.
 
-A run is one method at one seed and does all shots in turn, each in its own folder `shots-<k>`: the model is loaded and
-the test features are computed once. This file checks and plans; `_fewshot_run.py` trains and scores;
-`lab/clip/protocol.py` is the protocol.
+A run is one method at one seed and does all datasets and shots in turn, each in its own folder `shots-<k>` (`also-<n>/`
+before it for the n-th further dataset): the model is loaded and the test features are computed once. This file checks
+and plans; `_fewshot_run.py` trains and scores; `lab/clip/protocol.py` is the protocol.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from lab.bases import Base
 
 SHOTS = (1, 2, 4, 8, 16)
-MAX_SHOTS, MAX_STEPS, MAX_RUNS = 64, 100_000, 500
+MAX_SHOTS, MAX_STEPS, MAX_RUNS, MAX_DATASETS = 64, 100_000, 500, 16
 ENCODERS = ("vision", "text", "both")
 
 # None: decided by the preset, the base or the dataset.
 DEFAULTS: dict[str, Any] = {
     "base": "tiny-clip",
     "dataset": datasets.EMBEDDED,
+    "also": [],  # further datasets, with class names and templates of their own
     "classes": None,
     "template": None,
     "shots": [4, 16],
@@ -92,6 +93,14 @@ PRESETS: dict[str, Preset] = {
         summary="400 × shots steps of 64 pictures; the learning rate from 1e-3, 5e-3, 1e-2 by validation; r_inner 16, "
         "r_outer 0.8 of the smaller side.",
     ),
+    "nola": Preset(
+        "NOLA's vision protocol",
+        Recipe((5e-3, 1e-3, 5e-4), epochs=50, batch=64),
+        published=True,
+        knobs={"r": 4, "k": 1000, "l": 1000},
+        summary="50 epochs of batches of 64; the learning rate from 5e-3, 1e-3, 5e-4 by validation (full fine-tuning: 8e-5 to "
+        "1e-5); r 4, k = l = 1000. Parameters count the linear head, which NOLA's own table leaves out.",
+    ),
 }
 
 
@@ -111,6 +120,15 @@ def methods() -> list[Method | ClipMethod]:
 
 def name(id: str) -> str:
     return method(id).name if id in CLIP_METHODS or id in METHODS else id
+
+
+def parts(spec: Mapping[str, Any], folder: Path) -> list[tuple[dict[str, Any], Path]]:
+    """For each dataset of a checked spec: the spec as if it were the only one, and where a run keeps what it makes."""
+    made = [(dict(spec), folder)]
+    for number, id in enumerate(spec.get("also") or [], 1):
+        own = {"dataset": id, "classes": None, "template": datasets.resolve(id, local=False).template}
+        made.append((dict(spec) | own, folder / f"also-{number}"))
+    return made
 
 
 class FewShot:
@@ -134,6 +152,7 @@ class FewShot:
         _check_choices(full)
         full["methods"] = _methods(full, base)
         _check_data(full)
+        _check_also(full)
         if len(full["methods"]) * len(full["seeds"]) > MAX_RUNS:
             raise LabError(f"These are more than {MAX_RUNS} runs: choose fewer methods or seeds.")
         full["title"] = full["title"] or f"Few-shot {datasets.resolve(full['dataset'], local=False).name}"
@@ -235,14 +254,32 @@ def _check_data(spec: dict[str, Any]) -> None:
         repeated = next((c for c in spec["classes"] if spec["classes"].count(c) > 1), None)
         if repeated:
             raise LabError(f"Two classes are called '{repeated}': give each a name of its own.")
-    if not dataset.folder:
-        listing = dataset.listing()
-        if spec["classes"] is not None and len(spec["classes"]) != len(listing.classes):
-            raise LabError(f"The dataset has {len(listing.classes)} classes, {len(spec['classes'])} names were given.")
-        names = spec["classes"] or listing.classes
-        labels, held = [p.label for p in listing.train], [p.label for p in listing.validation]
-        for shots in spec["shots"]:
-            protocol.draw(labels, held, names, shots, spec["seeds"][0])
+    _check_pictures(dataset, spec)
+
+
+def _check_pictures(dataset: datasets.Dataset, spec: dict[str, Any]) -> None:
+    if dataset.folder:
+        return
+    listing = dataset.listing()
+    if spec["classes"] is not None and len(spec["classes"]) != len(listing.classes):
+        raise LabError(f"The dataset has {len(listing.classes)} classes, {len(spec['classes'])} names were given.")
+    names = spec["classes"] or listing.classes
+    labels, held = [p.label for p in listing.train], [p.label for p in listing.validation]
+    for shots in spec["shots"]:
+        protocol.draw(labels, held, names, shots, spec["seeds"][0])
+
+
+def _check_also(spec: dict[str, Any]) -> None:
+    """Further datasets, each once."""
+    given = spec["also"]
+    if not isinstance(given, list | tuple):
+        raise LabError(f"Further datasets must be a list of names, got {str(given)[:60]!r}.")
+    found = [datasets.resolve(check_text("dataset", id, 500), local=False) for id in given]
+    spec["also"] = [id for id in dict.fromkeys(d.id for d in found) if id != spec["dataset"]]
+    if len(spec["also"]) >= MAX_DATASETS:
+        raise LabError(f"{len(spec['also']) + 1} datasets are too many for one comparison: at most {MAX_DATASETS}.")
+    for dataset in found:
+        _check_pictures(dataset, spec | {"classes": None})
 
 
 register(FewShot())
