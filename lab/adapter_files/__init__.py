@@ -88,7 +88,8 @@ def read(path: str | Path, base: str | Base | None = None, *, name: str | None =
     path = Path(path)
     row = resolve(base) if isinstance(base, str) else base
     if path.is_dir():
-        return _from_folder(path, row, name or path.name)
+        folder = path.resolve()
+        return _from_folder(path, row, name or (folder.parent.name if folder.name == "adapter" else folder.name))
     refuse_pickle(name or path.name, name_of(path, name))
     if (name or path.name).lower().endswith(".zip"):
         return _from_zip(path, row, name)
