@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -159,26 +159,36 @@ def basis(weight: torch.Tensor, r: int, *, smallest: bool = False, cache: bool =
     return made
 
 
-def bases(weights: Sequence[torch.Tensor], ranks: Sequence[int], **options: bool) -> list[Basis]:
-    """`basis` of many weights, as many at once as torch has threads.
+def bases(
+    weights: Sequence[torch.Tensor | Callable[[], torch.Tensor]], ranks: Sequence[int], **options: bool
+) -> list[Basis]:
+    """`basis` of many weights, as many at once as torch has threads. A weight may be given as a function that makes
+    it, so that no more of them are there at once.
 
     A factorisation gains little from a second thread, two of them gain all: each is done by one thread, so that the
     numbers do not depend on how many there are.
     """
+
+    def one(weight: torch.Tensor | Callable[[], torch.Tensor], r: int) -> Basis:
+        return basis(weight() if callable(weight) else weight, r, **options)
+
     threads = torch.get_num_threads()
-    if threads == 1 or any(w.device.type != "cpu" for w in weights):
-        return _counted((basis(w, r, **options) for w, r in zip(weights, ranks, strict=True)), len(ranks))
+    if threads == 1 or not weights or _on_accelerator(weights[0]):
+        return _counted(map(one, weights, ranks), len(ranks))
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
-                found = pool.map(lambda pair: basis(*pair, **options), zip(weights, ranks, strict=True))
-                return _counted(found, len(ranks))
+                return _counted(pool.map(one, weights, ranks), len(ranks))
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # what is under way is finished, the rest is not begun
                 raise
     finally:
         torch.set_num_threads(threads)
+
+
+def _on_accelerator(weight: Any) -> bool:
+    return (weight() if not isinstance(weight, torch.Tensor) else weight).device.type != "cpu"
 
 
 _tell: Callable[[int, int], None] | None = None

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lab.bench import _tables
+
 HELP = "step time, memory, files and starts of the methods, as ratios"
 PARTS = ("ours", "embedded", "memory", "files", "starts", "everyone")
 TABLE = Path(__file__).with_suffix(".md")
@@ -131,15 +133,9 @@ def lines(name: str, found: Any) -> list[str]:
 
 
 def _write(name: str, found: Any) -> None:
-    """Replace one part of the committed table, leaving the others."""
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    text = TABLE.read_text() if TABLE.exists() else "# Methods, measured\n\n`python -m lab bench methods --write`\n"
-    block = "\n".join([start, *lines(name, found), end])
-    if start in text:
-        text = text[: text.index(start)] + block + text[text.index(end) + len(end) :]
-    else:
-        text = text.rstrip() + "\n\n" + block + "\n"
-    TABLE.write_text(text)
+    _tables.write(
+        TABLE, name, "\n".join(lines(name, found)), "# Methods, measured\n\n`python -m lab bench methods --write`\n"
+    )
 
 
 def show(result: dict[str, Any]) -> None:

@@ -285,8 +285,7 @@ def make_start(layer: Layer, base: Any, seed: int) -> Start:
     """What `OwnMethod.init` gets for a layer; the weight is read, dequantised when it is asked for."""
     from peft.utils.quantization_utils import resolve_quantization_backend
 
-    @functools.cache
-    def weight() -> torch.Tensor:
+    def weight() -> torch.Tensor:  # not kept: of a whole model in half precision that would be a second one
         backend = resolve_quantization_backend(base)
         raw = backend.get_base_weight(base) if backend else base.weight.detach()
         return as_matrix(base, raw).float()

@@ -93,12 +93,13 @@ class Nora(OwnMethod):
         return knobs.save_outer or self.need(knobs) != ""
 
     def derived(self, knobs: NoraKnobs) -> tuple[str, ...]:
-        return ("outer_b", "outer_a", "start_b")
+        return ("outer_b", "outer_a", *(("start_b",) if knobs.identity_init else ()))
 
     def shapes(self, layer: Layer, knobs: NoraKnobs) -> dict[str, tuple[int, ...]]:
         r, i = self.outer_rank(layer, knobs), knobs.r_inner
+        outer = {"outer_b": (layer.m, r), "outer_a": (r, layer.n)}
         start = {"start_b": (r, i), "start_a": (i, r), "start_q": (layer.m, i), "start_p": (i, layer.n)}
-        return {"outer_b": (layer.m, r), "outer_a": (r, layer.n), **start}
+        return outer | (start if knobs.identity_init else {})
 
     def trained_shapes(self, layer: Layer, knobs: NoraKnobs) -> dict[str, tuple[int, ...]]:
         r, i = self.outer_rank(layer, knobs), knobs.r_inner
@@ -120,7 +121,7 @@ class Nora(OwnMethod):
 
         if knobs.outer != "activation":
             ranks = [self.outer_rank(start.layer, knobs) for start in starts]
-            found = svd.bases([start.weight() for start in starts], ranks)
+            found = svd.bases([start.weight for start in starts], ranks)
             for start, basis in zip(starts, found, strict=True):
                 start.prepared = basis
 
@@ -129,23 +130,24 @@ class Nora(OwnMethod):
         for `gradient`, `minor` and `random` W's own largest ones, so that the bases differ in nothing else."""
         from lab import svd
 
-        W, r = start.weight(), self.outer_rank(start.layer, knobs)
+        r = self.outer_rank(start.layer, knobs)
         if knobs.outer == "activation":  # W·diag(a) = U·S·Vᵀ, so W = U·S·(Vᵀ·diag(a)⁻¹)
             assert start.activation is not None
             a = start.activation / start.activation.mean().clamp_min(1e-12)
             a = a.clamp_min(1e-3)  # a channel that the batch never used must not divide by nothing
-            found = svd.basis(W * a, r, cache=False)
+            found = svd.basis(start.weight() * a, r, cache=False)
             return found.U, found.S, found.Vh / a
-        found = start.prepared or svd.basis(W, r)
+        found = start.prepared or svd.basis(start.weight(), r)
         if knobs.outer == "gradient":
             assert start.gradient is not None
             of_gradient = svd.basis(start.gradient, r, cache=False)
             return of_gradient.U, found.S, of_gradient.Vh
         if knobs.outer == "minor":
-            last = svd.basis(W, r, smallest=True)
+            last = svd.basis(start.weight(), r, smallest=True)
             return last.U, found.S, last.Vh
         if knobs.outer == "random":
-            return start.orthonormal(W.shape[0], r), found.S, start.orthonormal(W.shape[1], r).T.contiguous()
+            m, n = start.layer.m, start.layer.n
+            return start.orthonormal(m, r), found.S, start.orthonormal(n, r).T.contiguous()
         return found
 
     def factors(self, t: Mapping[str, torch.Tensor], knobs: NoraKnobs, layer: Layer) -> Any:
