@@ -19,7 +19,7 @@ def main() -> None:
     config = json.load(sys.stdin)
     out = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints is no answer
-    _limit_memory()
+    limit_memory()
     from lab.errors import LabError
 
     try:
@@ -45,7 +45,8 @@ def _table(config: dict[str, Any]) -> dict[str, Any]:
     return {**head, **rest, "fields": layer_tables.FIELDS, "layers": layer_tables.pack(rows)}
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
+    """This process may take MEMORY_BYTES, where the system knows such a limit."""
     try:
         import resource
 

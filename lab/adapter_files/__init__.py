@@ -28,7 +28,19 @@ if TYPE_CHECKING:
 
 MAX_LAYERS = 5000  # SDXL with both text encoders has 1,100, LLaMA-2 70B 560
 
-__all__ = ["FAMILIES", "MAX_BYTES", "AdapterFile", "Family", "Update", "read", "refuse_pickle", "unpack"]
+__all__ = [
+    "CONFIG",
+    "FAMILIES",
+    "MAX_BYTES",
+    "WEIGHTS",
+    "AdapterFile",
+    "Family",
+    "Update",
+    "check_file",
+    "read",
+    "refuse_pickle",
+    "unpack",
+]
 
 
 @dataclass
@@ -94,6 +106,14 @@ def read(path: str | Path, base: str | Base | None = None, *, name: str | None =
     if (name or path.name).lower().endswith(".zip"):
         return _from_zip(path, row, name)
     return _from_file(path, row, name)
+
+
+def check_file(path: Path, name: str | None = None, *, configured: bool = False) -> None:
+    """Check a file's header and, unless a configuration says what it is, that its tensors are an adapter's. Without
+    torch, and without reading a tensor. Raises LabError, one sentence."""
+    file = _header.opened(path, name)
+    if not configured:
+        _stems(file)
 
 
 def _from_zip(path: Path, row: Base | None, name: str | None) -> AdapterFile:
