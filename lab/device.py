@@ -133,6 +133,13 @@ class PeakMemory:
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
+def resident() -> int:
+    """Bytes of this process's resident set; 0 where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 def describe(device: torch.device) -> str:
     """The device in words, for a run's record."""
     if device.type == "cuda":

@@ -86,6 +86,10 @@ class Run:
         """`result.json`, or None when the run is not done."""
         return reading.json_file(self.folder / "result.json") if self.state == "done" else None
 
+    def preflight(self) -> str:
+        """What the step before the first said of memory, as "fits: 9.1 of 24.0 GiB"; "" before it."""
+        return str((reading.json_file(self.folder / "preflight.json") or {}).get("told", ""))[:80]
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, with the result: what `lab.compare` and the command line take."""
         return asdict(self) | {"folder": str(self.folder), "result": self.result()}

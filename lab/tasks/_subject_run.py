@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from lab import device as devices
-from lab import metrics, svd
+from lab import metrics, preflight, svd
 from lab.bases import resolve
 from lab.diffusion import embed, encode_pictures, encode_prompts, training_schedule
 from lab.errors import LabError
@@ -94,6 +94,7 @@ class Run:
                 text_encoder_rate=spec["text_encoder_rate"] if spec["text_encoder"] else 1.0,
             )
             method = METHODS[planned.method]
+            flight = self._preflight(model, objective, settings)
             trained = train(model, method, objective, settings, self.folder, self.tell, self._preview)
             self.step = spec["steps"]
             size = self._save(model)
@@ -113,11 +114,26 @@ class Run:
             "adapter_bytes": size,
             "train_seconds": trained.train_seconds,
             "peak_memory_bytes": trained.peak_memory_bytes,
+            "preflight": flight,
             "final_loss": trained.final_loss,
             "drift": drift,
         } | drawn
 
     # -- training --------------------------------------------------------------------------------------
+    def _preflight(self, model: Any, objective: DreamBooth, settings: Settings) -> str:
+        """Whether the run fits, in words, measured before its first step. Raises LabError where it does not."""
+        path = self.folder / "preflight.json"
+        if path.exists() and (self.folder / "checkpoint" / "state.safetensors").exists():
+            told = str(json.loads(path.read_text())["told"])
+        else:
+            self.report("measuring one step's memory")
+            change = partial(preflight.changes, self.spec, self.trainable)
+            flight = preflight.fly(model, METHODS[self.planned.method], objective, settings, change)
+            told = flight.sentence
+            write_json(path, {"told": told, "peak_bytes": flight.peak, "available_bytes": flight.available})
+        self.report(told)
+        return told
+
     def _objective(self) -> DreamBooth:
         spec, pipe, prior = self.spec, self.pipe, None
         pictures = encode_pictures(
