@@ -5,6 +5,10 @@
 
 Rows import no torch. `Base.load` hands the row to `lab/bases/_<family>.py`, which does. A base needs no row to be
 used: `resolve` also takes a diffusers folder, a single `.safetensors` file, or a Hub id.
+
+LAB_CHECKPOINTS names folders (between colons; semicolons on Windows) whose checkpoints the page offers too: single
+`.safetensors` files, as ComfyUI and A1111 keep them, and diffusers folders. LAB_HUB_BASES=1 lets the page's visitors
+name any model on the Hub.
 """
 
 from __future__ import annotations
@@ -13,11 +17,13 @@ import dataclasses
 import functools
 import importlib
 import json
-import re
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+from lab import hub
 from lab.errors import LabError
 from lab.registry import Registry, unknown
 
@@ -29,7 +35,9 @@ class Base:
     """One base model.
 
     source: a Hub id, a diffusers folder, or a single `.safetensors` checkpoint
-    variant: weight variant on the Hub ("fp16"); vae: Hub id or folder of a VAE to use in place of its own
+    variant: weight variant that is taken where there is one ("fp16"), else the plain weights
+    vae: Hub id or folder of the VAE to use where the base's own is SDXL's, which overflows in fp16
+    megabytes: about what there is to download
     scorer: image-text model that scores its pictures: a folder of open_clip files, or "<open_clip name>:<weights>"
     size_conditioning: the base was trained with each picture's own size and crop (SDXL, section 2.2). Where it is
         not, every picture is told as an uncropped one of the base's own resolution.
@@ -50,6 +58,7 @@ class Base:
     pixels: int | None = None  # resolution where the source cannot be read without loading it
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     licence: str = ""
+    megabytes: int | None = None
     order: int = 100
 
     @functools.cached_property
@@ -63,17 +72,19 @@ class Base:
     @property
     def public_name(self) -> str:
         """What an adapter's file says it was trained on: the Hub id, or the folder's or file's name without its path."""
-        return self.source if _HUB_ID.fullmatch(self.source) else Path(self.source).stem
+        return self.source if hub.is_id(self.source) else Path(self.source).stem
 
     def preset(self, task: str) -> dict[str, Any]:
         return self.presets.get(task, {})
 
-    def load(self, device: Any = None, dtype: Any = None) -> Any:
+    def load(self, device: Any = None, dtype: Any = None, told: Callable[[int, int], None] | None = None) -> Any:
         """The model, e.g. a StableDiffusionXLPipeline, on `device` (default: the lab's) with weights in `dtype`.
 
-        Raises LabError, in one sentence, when it is missing, gated, unreachable, or not safetensors.
+        told(done, all): called with the bytes of a download, a few times a second; what it raises ends the wait.
+        Raises LabError, in one sentence, when it is missing, gated, unreachable, too large for the disk, or not
+        safetensors.
         """
-        return self._loader().load(self, device, dtype)
+        return self._loader().load(self, device, dtype, told)
 
     def forget(self) -> None:
         """Let go of a loaded model, so that the next `load` reads it again."""
@@ -96,41 +107,92 @@ def _config(path: Path) -> dict[str, Any]:
 BASES: Registry[Base] = Registry("base model", "lab.bases")
 register = BASES.register
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+LOCAL = "local:"  # before the name of a checkpoint in LAB_CHECKPOINTS
 
 
 def resolve(name: str) -> Base:
-    """The base with this id, or a row made for a folder, a `.safetensors` file, or a Hub id ("owner/name").
+    """The base with this id, or a row made for a folder, a `.safetensors` file, a Hub id ("owner/name"), or a checkpoint
+    of LAB_CHECKPOINTS ("local:name").
 
     Raises LabError for anything else; a pickled checkpoint is refused, because loading one runs the code in it.
+    For names from strangers there is `pick`: this one opens any path.
     """
     if name in BASES:
         return BASES[name]
+    if name.startswith(LOCAL):
+        rows = local()
+        return next((row for row in rows if row.id == name), None) or _raise(name, [row.id for row in rows])
     if name.lower().endswith(_PICKLES):
         raise LabError(
             f"'{name}' is a pickled checkpoint, which can run any code when it is opened: "
             "convert it to .safetensors first."
         )
     path = Path(name).expanduser().resolve()
-    like = BASES["sdxl"]
     if name and path.is_dir():
         if not (path / "model_index.json").exists():
             raise LabError(f"'{name}' is not a diffusers folder: it holds no model_index.json.")
-        own = {"name": path.name, "vae": None, "pixels": None, "architecture": str(path / "unet" / "config.json")}
-        summary = "A local diffusers folder."
-        return dataclasses.replace(like, id=str(path), source=str(path), variant=None, summary=summary, **own)
+        return _folder_row(path)
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise LabError(f"There is no file '{name}'.")
-        summary = "A local single-file checkpoint."
-        return dataclasses.replace(like, id=str(path), name=path.stem, source=str(path), variant=None, summary=summary)
-    if _HUB_ID.fullmatch(name) and not name.startswith(("./", "../")):
+        return _file_row(path)
+    if hub.is_id(name) and not name.startswith(("./", "../")):
         for row in BASES.where(lambda row: row.source == name):
             return row
-        own = {"name": name.split("/")[1], "vae": None, "variant": None}
-        return dataclasses.replace(like, id=name, source=name, summary="From the Hugging Face Hub.", **own)
-    raise unknown("base model", name, BASES.ids())
+        own = {"name": name.split("/")[1], "megabytes": None}
+        return _like(id=name, source=name, summary="From the Hugging Face Hub.", **own)
+    return _raise(name, BASES.ids())
 
 
-__all__ = ["ASSETS", "BASES", "Base", "register", "resolve"]
+def pick(name: str) -> Base:
+    """The base that a visitor of the page named. Raises LabError unless it is one that the page offers, or, where
+    LAB_HUB_BASES=1, a Hub id: a stranger's path is never opened, nor told whether it exists."""
+    rows = {row.id: row for row in offered()}
+    if name in rows:
+        return rows[name]
+    if os.environ.get("LAB_HUB_BASES") == "1" and hub.is_id(name) and not Path(name).exists():
+        return resolve(name)
+    raise unknown("base model", name[:60], list(rows))
+
+
+def offered() -> list[Base]:
+    """Every SDXL base that the page offers: the registry's, then those in LAB_CHECKPOINTS."""
+    return [row for row in BASES if row.family == "sdxl"] + local()
+
+
+def local() -> list[Base]:
+    """The checkpoints in the folders that LAB_CHECKPOINTS names, by name; ids are "local:" and the path inside the
+    folder without its suffix."""
+    rows: dict[str, Base] = {}
+    for folder in filter(None, os.environ.get("LAB_CHECKPOINTS", "").split(os.pathsep)):
+        root = Path(folder).expanduser().resolve()
+        indices = sorted(root.glob("**/model_index.json"))
+        inside = {index.parent for index in indices}
+        files = [f for f in sorted(root.rglob("*.safetensors")) if inside.isdisjoint(f.parents)]
+        for path, row in [(i.parent, _folder_row(i.parent)) for i in indices] + [(f, _file_row(f)) for f in files]:
+            id = LOCAL + path.relative_to(root).with_suffix("" if path.is_file() else path.suffix).as_posix()
+            rows.setdefault(id, dataclasses.replace(row, id=id))
+    return [rows[id] for id in sorted(rows)]
+
+
+def _like(**own: Any) -> Base:
+    """A row with SDXL 1.0's settings."""
+    return dataclasses.replace(BASES["sdxl"], **own)
+
+
+def _folder_row(path: Path) -> Base:
+    own = {"name": path.name, "pixels": None, "architecture": str(path / "unet" / "config.json"), "variant": None}
+    return _like(id=str(path), source=str(path), summary="A local diffusers folder.", megabytes=None, **own)
+
+
+def _file_row(path: Path) -> Base:
+    own = {"name": path.stem, "variant": None, "megabytes": None}
+    return _like(id=str(path), source=str(path), summary="A local single-file checkpoint.", **own)
+
+
+def _raise(name: str, known: list[str]) -> NoReturn:
+    raise unknown("base model", name, known)
+
+
+__all__ = ["ASSETS", "BASES", "Base", "local", "offered", "pick", "register", "resolve"]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lab.clip.model import Clip
 
 
-def load(base: Base, device: Any = None, dtype: Any = None) -> Clip:
+def load(base: Base, device: Any = None, dtype: Any = None, told: Any = None) -> Clip:
     """The base as `lab.clip.model.Clip`. Weights are held in fp32; the training loop multiplies in bf16 where the
     hardware can. Raises LabError."""
     made = model.load(base, device)

@@ -67,7 +67,7 @@ for _order, (_name, _what) in enumerate(
             pixels=224,
             summary=_what,
             licence="Apache-2.0",
-            presets={"fewshot": {"preset": "clip-lora"}},
+            presets={"fewshot": {"preset": "nola"}},
             order=40 + _order,
         )
     )
