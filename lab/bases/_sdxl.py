@@ -41,7 +41,7 @@ def load(
     if not _kept or _kept[0][0] != key:
         forget()
         with _plain_errors(base.source), _quiet():
-            pipe = _read(base, key[-1], told)
+            pipe: Any = _read(base, key[-1], told)  # diffusers' annotations leave out what it has
             for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
                 part.requires_grad_(False).eval()
             pipe.set_progress_bar_config(disable=True)
