@@ -45,23 +45,37 @@ def check(method: Method, layers: Sequence[Layer], knobs: Any) -> None:
             )
 
 
-_grouped: dict[int, tuple[Sequence[Layer], list[tuple[Layer, int]]]] = {}
+@dataclass
+class _Known:
+    """What is remembered of a list of layers: one of each shape with how many there are, and what the search found."""
+
+    layers: Sequence[Layer]
+    length: int
+    shapes: list[tuple[Layer, int]]
+    facts: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
-def _shapes(layers: Sequence[Layer]) -> list[tuple[Layer, int]]:
-    """One layer of each shape and how many there are of it; remembered for the lists seen last."""
-    known = _grouped.get(id(layers))
-    if known is not None and known[0] is layers and sum(n for _, n in known[1]) == len(layers):
-        return known[1]
+_lists: dict[int, _Known] = {}
+
+
+def _known(layers: Sequence[Layer]) -> _Known:
+    """What is known of the layers; remembered for the lists seen last."""
+    found = _lists.get(id(layers))
+    if found is not None and found.layers is layers and found.length == len(layers):
+        return found
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for layer in layers:
         key = (layer.out, layer.in_, layer.kernel, layer.role, layer.bias)
         groups.setdefault(key, [layer, 0])[1] += 1
-    made = [(layer, times) for layer, times in groups.values()]
-    if len(_grouped) > 32:
-        _grouped.clear()
-    _grouped[id(layers)] = (layers, made)
+    if len(_lists) > 32:
+        _lists.clear()
+    _lists[id(layers)] = made = _Known(layers, len(layers), [(layer, times) for layer, times in groups.values()])
     return made
+
+
+def _shapes(layers: Sequence[Layer]) -> list[tuple[Layer, int]]:
+    """One layer of each shape and how many there are of it."""
+    return _known(layers).shapes
 
 
 def sizes(parameters: int) -> dict[str, int]:
@@ -218,15 +232,31 @@ class _Search:
             return self.at((*address[:i], u, *address[i + 1 :]))
 
         low, high = self._low(self.turned[i]), self._high(self.turned[i])
-        grid = _grid(low, high, self.largest)
-        valid = [u for u in grid if at(u)]
-        first = grid.index(valid[0]) if valid else 0
-        if valid and valid == grid[first : first + len(valid)]:
-            tried = _bracket(valid, grid, at, budget)
-        else:  # few values fit (divisors of the layers' sides), or none
-            near = range(low, min(high, 512) + 1) if valid else ()
-            tried = sorted({*near, *(d for d in _divisors(self.layers) if low <= d <= high), *valid})
+        if not self._is_range(i):
+            near = range(low, min(high, 512) + 1)
+            tried = sorted({*near, *(d for d in _divisors(self.layers) if low <= d <= high), address[i]})
+        elif at(address[i]):
+            tried = _crossing(address[i], low, high, at, budget)
+        elif inside := next((u for u in _grid(low, high, self.largest) if at(u)), None):
+            tried = _crossing(inside, low, high, at, budget)
+        else:
+            tried = []
         return [p for u in tried if (p := at(u))]
+
+    def _is_range(self, i: int) -> bool:
+        """Whether the values of knob i that fit the layers are one stretch of whole numbers (others are divisors of
+        the layers' sides or powers of two); found out once for these layers and remembered with them."""
+        others = tuple((f.name, getattr(self.start, f.name)) for f in knob_fields(self.method) if f not in self.turned)
+        facts, key = _known(self.layers).facts, (self.method.id, self.names[i], others)
+        if key not in facts:
+            grid = _grid(self._low(self.turned[i]), self._high(self.turned[i]), self.largest)
+            fits = [bool(self.at((*self.origin[:i], u, *self.origin[i + 1 :]))) for u in grid]
+            if any(fits):
+                first, last = fits.index(True), len(fits) - 1 - fits[::-1].index(True)
+                facts[key] = all(fits[first : last + 1])
+            else:  # none beside these settings of the others: taken as a range, and asked again
+                return True
+        return facts[key]
 
     # -- all knobs -----------------------------------------------------------------------------------------
     def nearest(self, budget: int) -> _Point:
@@ -321,22 +351,48 @@ def _divisors(layers: Sequence[Layer]) -> list[int]:
     )
 
 
-def _bracket(valid: list[int], grid: list[int], at: Callable[[int], _Point | None], budget: int) -> list[int]:
-    """Values next to where the count crosses the budget, and the two ends; `valid` is one stretch of `grid`."""
-    start, end = grid.index(valid[0]), grid.index(valid[-1])
-    first = _edge(grid[start - 1], valid[0], at) if start else valid[0]
-    last = _edge(grid[end + 1], valid[-1], at) if end + 1 < len(grid) else valid[-1]
-    points = sorted({first, *valid, last})
-    counts = {u: p.count for u in points if (p := at(u))}
-    grows = counts[last] >= counts[first]
-    inside = next((i for i, u in enumerate(points) if (counts[u] >= budget) == grows), len(points) - 1)
-    low, high = points[max(0, inside - 1)], points[inside]
-    while high - low > 1:
-        middle = (low + high) // 2
-        point = at(middle)
-        above = point is None or (point.count >= budget) == grows
-        low, high = (low, middle) if above else (middle, high)
-    return sorted({first, last, *range(max(first, low - 1), min(last, high + 1) + 1)})
+def _crossing(start: int, low: int, high: int, at: Callable[[int], _Point | None], budget: int) -> list[int]:
+    """Values next to where the count crosses the budget, looked for from `start`, which fits; where it does not cross
+    it, the last value that fits on that side. Counts nearly proportional to the value take a handful of looks."""
+
+    def looked(u: int) -> _Point:
+        point = at(u)
+        assert point is not None  # start, and what lies between two values that fit
+        return point
+
+    here = looked(start).count
+    other = at(min(high, 2 * start)) or at(max(low, start // 2))
+    twice = at(min(high, 2 * start)) is not None
+    grows = other is None or (other.count >= here) == twice or other.count == here
+    up = grows == (here < budget)
+    end = high if up else low
+    ratio = budget / max(here, 1) if grows else max(here, 1) / budget
+    inside, outside = start, _between(round(start * ratio), start + (1 if up else -1), end)
+    while True:
+        if (point := at(outside)) is None:
+            outside = end = _edge(outside, inside, at)
+            point = looked(outside)
+        if (point.count >= budget) != (here >= budget):
+            break
+        if outside == end:
+            return [end]
+        inside, outside = outside, _between(outside * 4 if up else outside // 4, outside + (1 if up else -1), end)
+    left, right = sorted((inside, outside))
+    halve = False
+    while right - left > 1:  # a straight line between the ends, and every other time the middle
+        a, b = looked(left).count - budget, looked(right).count - budget
+        middle = (left + right) // 2 if halve or a == b else round(left - a * (right - left) / (b - a))
+        middle, halve = _between(middle, left + 1, right - 1), not halve
+        if (looked(middle).count >= budget) == (looked(left).count >= budget):
+            left = middle
+        else:
+            right = middle
+    return [u for u in range(left - 1, right + 2) if low <= u <= high]
+
+
+def _between(value: int, one: int, other: int) -> int:
+    """`value`, held between two others."""
+    return min(max(value, min(one, other)), max(one, other))
 
 
 def _edge(outside: int, inside: int, at: Callable[[int], _Point | None]) -> int:

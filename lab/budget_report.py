@@ -209,11 +209,11 @@ def _memory(method: Method, knobs: Any, state: dict[str, Any], picked: Picked, t
     if not all(memory.known(model) for model, _ in picked.groups):
         return {**optimizer, "adapter": None, "training": None}
     parts = []
+    given = {"batch": state["batch"], "precision": state["precision"]}
+    alone = total if len(picked.groups) == 1 else None
     for model, rows in picked.groups:
         size = state["size"] if model is picked.arch else 1.0
-        parts.append(
-            memory.estimate(model, rows, method, knobs, batch=state["batch"], size=size, precision=state["precision"])
-        )
+        parts.append(memory.estimate(model, rows, method, knobs, size=size, trained=alone, **given))
     return {
         **optimizer,
         "adapter": sum(p.adapter for p in parts),

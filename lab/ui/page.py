@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import tempfile
@@ -127,6 +128,13 @@ def keep_working(home: Path) -> None:
     threading.Thread(target=watch, name="worker-watch", daemon=True).start()
 
 
+def settle() -> None:
+    """Leave what is loaded by now out of garbage collections: Gradio's objects alone make each one stop the page for
+    a tenth of a second, in the middle of somebody's drag of a slider."""
+    gc.collect()
+    gc.freeze()
+
+
 def serve(host: str, port: int) -> None:
     """Serve the page until interrupted. Raises LabError when the address is taken."""
     import socket
@@ -140,6 +148,7 @@ def serve(host: str, port: int) -> None:
             f"Port {port} on {host} cannot be used ({error.strerror}): choose another with --port."
         ) from error
     app = application()
+    settle()
     keep_working(Store().home)
     shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::") else host
     print(f"NoRA Lab is on http://{shown}:{listening.getsockname()[1]}", flush=True)
