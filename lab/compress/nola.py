@@ -1,0 +1,143 @@
+"""NOLA: ΔW = (c/r)·B(β)·A(α) with A affine in α and B linear in β: alternating least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lab.compress import Fit, Plan, register, within
+from lab.errors import LabError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lab.compress._update import Goal, Matrix
+
+RANKS = (1, 2, 4, 8, 16, 32)  # tried within a budget: r costs no parameters
+PROBED = 4  # layers, those of the largest updates, on which the ranks are compared
+ROUNDS, STEPS = 60, 12  # of alternation, and of conjugate gradients in each half, which begin where the last ones ended
+SETTLED = 5e-4  # the alternation ends when a round takes off less than this share of the squared error
+
+
+class NolaFit(Fit):
+    """With α fixed, β is a linear least-squares problem, and the other way round; each half is solved by conjugate
+    gradients through the method's own code, on r columns instead of n: with Aᵀ = QR, ‖B·A − ΔW‖ and ‖B·Rᵀ − ΔW·Q‖
+    differ by a constant.
+
+    It starts at the α whose A lies nearest to the r leading right singular vectors of ΔW, i.e. of smallest
+    ‖(A₀ + A(α))(I − VVᵀ)‖: linear too, and exact when ΔW is an update of this very NOLA. The alternation never increases
+    the error and ends near a minimum, which need not be the least.
+    """
+
+    id, order = "nola", 3
+    how = "alternating least squares in α and β, each half linear"
+
+    def knobs(self, given: Mapping[str, Any]) -> Any:
+        knobs = super().knobs(given)
+        if knobs.quant_bits and knobs.quant == "qat":
+            raise LabError(
+                "NOLA with quant=qat is trained through its quantiser: take quant=ptq, which rounds afterwards."
+            )
+        return knobs
+
+    def plan(self, goals: Sequence[Goal], budget: int | None, given: Mapping[str, Any]) -> Plan:
+        knobs, layers = self.knobs(given), [goal.layer for goal in goals]
+        if budget is None or "r" in given:
+            return within(self.method, layers, budget, knobs, given)
+        plans, problem = [], None
+        for r in RANKS:
+            try:
+                plans.append(within(self.method, layers, budget, replace(knobs, r=r), given))
+            except LabError as error:  # a rank above a layer's size, or fewer entries than coefficients
+                problem = problem or error
+        if not plans:
+            assert problem is not None
+            raise problem
+        strongest = sorted(goals, key=lambda goal: -goal.matrix().square())[:PROBED]
+        return min(plans, key=lambda plan: sum(self._alternate(goal, plan.knobs)[0] for goal in strongest))
+
+    def solve(self, goal: Goal, t: Mapping[str, torch.Tensor], knobs: Any) -> dict[str, torch.Tensor]:
+        _, alpha, beta = self._alternate(goal, knobs)
+        return {"alpha": alpha, "beta": beta}
+
+    def _alternate(self, goal: Goal, knobs: Any) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """(squared error, α, β)."""
+        from lab.compress._least_squares import CACHE_MIB, own_cache
+        from lab.compress._update import Matrix
+
+        method: Any = self.method
+        X, shape = goal.matrix(), method.shape(goal.layer)
+        if shape != (goal.layer.m, goal.layer.n):  # a convolution, in its own near-square shape
+            X = Matrix(X.full().reshape(shape))
+        with own_cache():
+            problem = _Problem(method, goal.layer, replace(knobs, cache_mib=CACHE_MIB), X)
+            return problem.descend(problem.aligned())
+
+
+class _Problem:
+    """One layer's two halves."""
+
+    def __init__(self, method: Any, layer: Any, knobs: Any, X: Matrix) -> None:
+        import torch
+
+        from lab.compress._least_squares import Affine
+
+        self.X, self.whole, self.r = X, X.square(), knobs.r
+        zeros = {"alpha": torch.zeros(knobs.k), "beta": torch.zeros(knobs.l)}
+
+        def part(name: str, which: int) -> Affine:
+            return Affine(lambda x: method.combined({**zeros, name: x}, knobs, layer)[which], zeros[name].numel())
+
+        self.A, self.B = part("alpha", 1), part("beta", 0)
+
+    def aligned(self) -> torch.Tensor:
+        """α with the rows of A nearest to the span of the r leading right singular vectors."""
+        import torch
+
+        from lab.compress._least_squares import solve
+
+        Q = self.X.svd()[2][: self.r].T.float()
+
+        def outside(A: torch.Tensor) -> torch.Tensor:  # a projection: its own transpose
+            return A - (A @ Q) @ Q.T
+
+        return solve(self.A.then(outside, outside), torch.zeros(()), passes=3)
+
+    def descend(self, alpha: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
+        import torch
+
+        beta, last = torch.zeros(self.B.size), float("inf")
+        for _ in range(ROUNDS):
+            beta = self._beta(alpha, beta)
+            alpha, error = self._alpha(alpha, beta)
+            if not error < (1 - SETTLED) * last or error <= 1e-12 * self.whole:
+                break
+            last = error
+        return error, alpha, beta
+
+    def _beta(self, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+        """argmin ‖B(β)·Rᵀ − X·Q‖ with (A₀ + A(α))ᵀ = Q·R."""
+        import torch
+
+        from lab.compress._least_squares import solve
+
+        Q, R = torch.linalg.qr(self.A(alpha).double().T)
+        R = R.float()
+        return solve(self.B.then(lambda B: B @ R.T, lambda G: G @ R), self.X.times(Q).float(), beta, steps=STEPS)
+
+    def _alpha(self, alpha: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """(argmin ‖R·(A₀ + A(α)) − QᵀX‖ with B(β) = Q·R, the whole squared error there)."""
+        import torch
+
+        from lab.compress._least_squares import solve
+
+        Q, R = torch.linalg.qr(self.B(beta).double())
+        r, inside = R.float(), self.X.transposed_times(Q).T
+        alpha = solve(self.A.then(lambda A: r @ A, lambda G: r.T @ G), inside.float(), alpha, steps=STEPS)
+        made = R @ self.A(alpha).double()
+        lost = max(0.0, self.whole - float(inside.square().sum()))
+        return alpha, float((made - inside).square().sum()) + lost
+
+
+register(NolaFit())
