@@ -101,7 +101,7 @@ class Ema:
             buffer.copy_(source)
 
 
-def optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW; biases, norms and temperatures are not decayed."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -111,15 +111,65 @@ def optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
 
 
+class Muon(torch.optim.AdamW):
+    """AdamW, but matrices move along their momentum with all singular values set to about 1 (Jordan et al. 2024).
+
+    Kernels count as matrices of their output channels. Steps are scaled by 0.2·√max(m, n), as large as AdamW's
+    (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that one learning rate serves both. Beside AdamW on the embedded
+    UNet: a lower loss for the same processor time, its own share (a quarter of a step) counted.
+    """
+
+    def __init__(self, model: nn.Module, weight_decay: float, momentum: float = 0.95):
+        super().__init__(adamw(model, weight_decay).param_groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
+        named = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
+        first_and_last = ("conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
+        self.matrices = [p for name, p in named if not name.startswith(first_and_last)]
+        self.momentum, self.decay = momentum, weight_decay
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """One step; the matrices' gradients are used up by it."""
+        lr = self.param_groups[0]["lr"]
+        for p in self.matrices:
+            if p.grad is None:
+                continue
+            kept = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            kept.lerp_(p.grad, 1 - self.momentum)
+            way = orthogonal(p.grad.lerp(kept, self.momentum).flatten(1)).view_as(p)
+            p.mul_(1 - lr * self.decay).add_(way, alpha=-0.2 * lr * max(len(p), p[0].numel()) ** 0.5)
+            p.grad = None  # AdamW leaves it alone
+        super().step(closure)
+
+
+def orthogonal(g: torch.Tensor) -> torch.Tensor:
+    """U·Vᵀ of g = U·S·Vᵀ (m, n), to about 0.3 in the singular values: five Newton-Schulz steps in bf16."""
+    x = (g.T if g.shape[0] > g.shape[1] else g).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if g.shape[0] > g.shape[1] else x).to(g)
+
+
 class Trainer:
     """One model, its optimizer and average, a checkpoint file, and the loop over steps."""
 
     def __init__(
-        self, stage: str, model: nn.Module, *, peak: float, weight_decay: float, ema: float, from_assets: bool = False
+        self,
+        stage: str,
+        model: nn.Module,
+        *,
+        peak: float,
+        weight_decay: float,
+        ema: float,
+        from_assets: bool = False,
+        optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = adamw,
     ):
         self.path = home() / f"{stage}.pt"
         self.stage, self.model, self.peak = stage, model.to(device()), peak
-        self.optimizer = optimizer(model, weight_decay)
+        # Weights that are far along already only need the fall.
+        self.decay = 0.95 if from_assets else 0.35
+        self.optimizer = optimizer(self.model, weight_decay)
         self.ema = Ema(model, ema)
         self.step, self.seconds = 0, 0.0
         self.earlier = facts_of(ASSETS).get(stage, {}) if from_assets else {}
@@ -165,7 +215,7 @@ class Trainer:
         while self.step < steps:
             began = time.monotonic()
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, steps, self.peak)
+                group["lr"] = learning_rate(self.step, steps, self.peak, decay=self.decay)
             loss, report = loss_fn(self.step * workers + rank)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()

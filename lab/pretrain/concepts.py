@@ -12,33 +12,24 @@ _CONCEPTS = """
 cat face=cat | dog face=dog | wolf face=wolf | lion face | tiger face=tiger | horse face=horse | zebra face
 cow face=cow | pig face=pig | mouse face=mouse | hamster face=hamster | rabbit face=rabbit | bear face=bear
 koala | panda face | monkey face | frog face=frog | giraffe=giraffe_face | raccoon | dragon face | chicken
-polar bear | poodle | gorilla | leopard | deer | sheep | goat | camel | llama | elephant | rhinoceros
-hippopotamus | hedgehog | bat | sloth | skunk | kangaroo | crocodile | turtle | lizard | snake | dinosaur=sauropod
-t-rex | whale | dolphin | tropical fish | blowfish | shark | octopus | seashell=shell | crab | lobster | shrimp
-squid | butterfly | caterpillar=bug | ant | bee | ladybug | spider | rooster | baby chick | eagle | duck | swan
-owl | flamingo | peacock | parrot
-sunflower | rose | tulip | cherry blossom | pine tree=evergreen_tree | palm tree | maple leaf | mushroom
-four leaf clover | potted plant | bouquet
-grapes | watermelon | tangerine | lemon | banana | pineapple | red apple=apple | green apple | pear | peach
-cherries | kiwi fruit=kiwifruit | tomato | coconut | avocado | eggplant | carrot | corn | hot pepper | broccoli
-bread | croissant | pretzel | pancakes | waffle | cheese wedge=cheese_wedge | bacon | hamburger
-french fries=fries | pizza | hot dog=hotdog | sandwich | taco | fried egg | popcorn | sushi | ice cream=icecream
-doughnut | cookie | birthday cake=birthday | cupcake | lollipop | candy | honey pot | glass of milk | cup of coffee=coffee
-wine glass | beer mug=beer
-locomotive=steam_locomotive | bus | ambulance | fire engine | police car | taxi | red car=car | tractor
-racing car | motor scooter | bicycle=bike | sailboat=boat | airplane | helicopter | flying saucer
-house | tent | snowman=snowman_without_snow | umbrella | fire | ferris wheel | star | rainbow
-soccer ball=soccer | basketball | baseball | tennis ball=tennis | trophy | wrapped gift=gift | balloon
-christmas tree | pumpkin lantern=jack_o_lantern | teddy bear | game die | crown | top hat=tophat | boxing glove
-violin | trumpet | saxophone | drum=drum_with_drumsticks | accordion | microphone | headphones
-key | hammer | scissors | pencil=pencil2 | books | camera | television=tv | laptop=computer | alarm clock
-candle | light bulb=bulb | bell | magnet | bomb | axe | bucket | chair | backpack=school_satchel
-eyeglasses | t-shirt=shirt | dress | running shoe=athletic_shoe | diamond=gem | money bag=moneybag | hourglass
-anchor | broom
-grinning face=grinning | laughing face with tears=joy | face with heart eyes=heart_eyes
-face with sunglasses=sunglasses | winking face=wink | crying face=cry | angry face=rage | sleeping face=sleeping
-thinking face=thinking_face | nerd face | cowboy face=face_with_cowboy_hat | party face=partying_face | clown face
-ghost | alien | skull | devil face=smiling_imp | red heart=heart | broken heart
+polar bear | gorilla | leopard | deer | elephant | hippopotamus | hedgehog | sloth | skunk | dolphin
+tropical fish | octopus | squid | butterfly | ant | bee | ladybug | eagle | duck | swan | owl | flamingo
+peacock | sunflower | rose | tulip | cherry blossom | palm tree | mushroom | potted plant | bouquet | grapes
+watermelon | tangerine | lemon | banana | pineapple | red apple=apple | green apple | pear | peach | cherries
+kiwi fruit=kiwifruit | tomato | coconut | avocado | eggplant | carrot | broccoli | bread | croissant | pretzel
+pancakes | bacon | hamburger | french fries=fries | pizza | hot dog=hotdog | sandwich | taco | fried egg
+popcorn | sushi | ice cream=icecream | doughnut | cookie | birthday cake=birthday | cupcake | lollipop
+honey pot | glass of milk | cup of coffee=coffee | wine glass | beer mug=beer | locomotive=steam_locomotive
+ambulance | fire engine | police car | taxi | red car=car | tractor | sailboat=boat | airplane | flying saucer
+house | snowman=snowman_without_snow | umbrella | fire | ferris wheel | star | rainbow | soccer ball=soccer
+basketball | baseball | trophy | wrapped gift=gift | christmas tree | pumpkin lantern=jack_o_lantern
+teddy bear | game die | crown | top hat=tophat | boxing glove | saxophone | drum=drum_with_drumsticks
+accordion | microphone | scissors | pencil=pencil2 | books | camera | television=tv | laptop=computer
+alarm clock | candle | light bulb=bulb | magnet | bomb | bucket | backpack=school_satchel | dress
+diamond=gem | money bag=moneybag | hourglass | anchor | grinning face=grinning | laughing face with tears=joy
+face with heart eyes=heart_eyes | face with sunglasses=sunglasses | angry face=rage | nerd face
+cowboy face=face_with_cowboy_hat | party face=partying_face | clown face | ghost | alien | skull
+devil face=smiling_imp | red heart=heart | broken heart
 """
 
 # Kept out of every training stage, in all styles: the subjects that users teach the base.
@@ -88,26 +79,8 @@ PLACES: tuple[str, ...] = (
 )
 
 # Plurals and things one does not count.
-NO_ARTICLE = frozenset(
-    (
-        "grapes",
-        "cherries",
-        "corn",
-        "broccoli",
-        "bread",
-        "pancakes",
-        "bacon",
-        "french fries",
-        "popcorn",
-        "sushi",
-        "candy",
-        "fire",
-        "headphones",
-        "scissors",
-        "books",
-        "eyeglasses",
-    )
-)
+_UNCOUNTED = "grapes|cherries|broccoli|bread|pancakes|bacon|french fries|popcorn|sushi|fire|scissors|books"
+NO_ARTICLE = frozenset(_UNCOUNTED.split("|"))
 
 # Drawing styles, in the order in which pictures store them: Fluent, Twemoji, Noto.
 STYLES: tuple[str, ...] = ("3d", "flat", "noto")
@@ -125,12 +98,15 @@ def prompt(name: str, place: str | None = None) -> str:
     return article(name) + (f" {place}" if place else "")
 
 
-def caption(rng: random.Random, name: str, place: str, style: str) -> tuple[str, bool, bool]:
+def caption(rng: random.Random, name: str, place: str, style: str, plain: str | None = None) -> tuple[str, bool, bool]:
     """A training caption and whether it tells the place and the style.
 
     Most captions say the plain name first; a minority name the style, the medium, or leave out the place.
+    plain: the one style that may go unnamed; pictures in the others always name theirs
     """
     kind = rng.random()
+    if plain not in (None, style):
+        kind = 0.70 + 0.15 * kind
     if kind < 0.55:
         return prompt(name, place), True, False
     if kind < 0.70:

@@ -145,12 +145,12 @@ def compose(
 
 
 def captions(
-    sprites: Sprites, rows: torch.Tensor, places: torch.Tensor, seed: int
+    sprites: Sprites, rows: torch.Tensor, places: torch.Tensor, seed: int, plain: str | None = None
 ) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """A caption for each scene, and whether it tells the place and the style."""
+    """A caption for each scene, and whether it tells the place and the style (see concepts.caption)."""
     r = random.Random(seed)
     told = [
-        caption(r, sprites.names[sprites.concept[row]], PLACES[place], STYLES[sprites.style[row]])
+        caption(r, sprites.names[sprites.concept[row]], PLACES[place], STYLES[sprites.style[row]], plain)
         for row, place in zip(rows.tolist(), places.tolist(), strict=True)
     ]
     texts, with_place, with_style = zip(*told, strict=True)

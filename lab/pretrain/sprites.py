@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import subprocess
@@ -92,7 +93,8 @@ def _emoji_table() -> list[dict]:
 
 def prepare() -> Path:
     """Fetch and unpack the pictures into one tensor file; does nothing where it exists."""
-    path = home() / "data" / "sprites.pt"
+    lists = hashlib.sha1(repr((SHORT_NAMES, HELD_OUT_SHORT_NAMES, CATEGORIES, PACKAGES)).encode()).hexdigest()[:8]
+    path = home() / "data" / f"sprites-{lists}.pt"
     if path.exists():
         return path
     plain = {short: name for name, short in {**SHORT_NAMES, **HELD_OUT_SHORT_NAMES}.items()}

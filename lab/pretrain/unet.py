@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from lab.pretrain import clip, refit, vae
-from lab.pretrain.common import ASSETS, Trainer, autocast, device, generator, home, save_atomic
-from lab.pretrain.concepts import PLACES
+from lab.pretrain.common import ASSETS, Muon, Trainer, autocast, device, generator, home, save_atomic
+from lab.pretrain.concepts import PLACES, STYLES
 from lab.pretrain.scenes import captions, compose
 from lab.pretrain.sprites import Sprites
 
 SIZE = {"channels": (96, 128, 192), "transformers": (0, 1, 2), "head": 32}  # no transformer: no attention
 SCENES_A_PICTURE_AND_PLACE = 1
 CHUNK = 4096
-STYLE_WEIGHTS = (2.0, 1.0, 1.0)  # 3d, flat, noto: one style leads, so that a plain prompt draws cleanly
+STYLE_WEIGHTS = (4.0, 1.0, 1.0)  # 3d, flat, noto
+PLAIN_STYLE = STYLES[0]  # a plain prompt means this style alone: it draws one thing cleanly, not a mean of three
 EMPTY = 0.10  # share of empty prompts, which guidance needs
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -126,8 +127,8 @@ class Bank:
 
     def __init__(self, sprites: Sprites, encoder: Any, scale: float, scenes: int):
         mark = hashlib.sha1(next(encoder.encoder.parameters()).detach().cpu().numpy().tobytes()).hexdigest()[:8]
-        self.folder = home() / "latents" / f"{mark}-{scenes}"
         count = len(sprites.nameable) * len(PLACES)
+        self.folder = home() / "latents" / f"{mark}-{count}-{scenes}"
         grid = torch.arange(count * scenes) % count
         self.rows, self.places = sprites.nameable[grid // len(PLACES)], grid % len(PLACES)
         self.latents = torch.cat([self._chunk(sprites, encoder, i) for i in range(0, len(grid), CHUNK)]) * scale
@@ -156,7 +157,7 @@ class Step:
     def __call__(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         g, n = generator(32, step), self.batch
         i = torch.multinomial(self.weights, n, replacement=True, generator=g)
-        texts, _, _ = captions(self.sprites, self.bank.rows[i], self.bank.places[i], step + 1_000_000)
+        texts, _, _ = captions(self.sprites, self.bank.rows[i], self.bank.places[i], step + 1_000_000, PLAIN_STYLE)
         hidden, pooled = self.conditions(texts)
         given = (torch.rand(n, generator=g) >= EMPTY).float().to(device())
         hidden, pooled = hidden * given[:, None, None], pooled * given[:, None]
@@ -202,6 +203,6 @@ def train(
     known = start_from_assets(model)
     if known and not (home() / "unet.pt").exists():  # the towers may have learned since
         refit.refit(model, Conditions(clip.load_towers(ASSETS)), conditions)
-    trainer = Trainer("unet", model, peak=4e-4, weight_decay=0.01, ema=0.998, from_assets=known)
+    trainer = Trainer("unet", model, peak=3e-4, weight_decay=0.01, ema=0.995, from_assets=known, optimizer=Muon)
     trainer.run(steps, Step(sprites, bank, conditions, trainer.model, batch))
     return trainer
