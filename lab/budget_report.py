@@ -12,7 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from lab import architectures, budget, memory
+from lab import architectures, budget, budget_search, memory
 from lab.architectures import Architecture, Row
 from lab.brought import BROUGHT
 from lab.errors import LabError
@@ -276,7 +276,7 @@ def _range(method: Method, picked: Picked, field: Any, fraction: bool) -> tuple[
 
     grid = [u for u in (2**i for i in range(18)) if low <= u <= high]
     valid = [u for u in grid if fits(u)]
-    divisors = [u for u in budget._divisors(picked.layers) if low <= u <= high]
+    divisors = [u for u in budget_search.divisors(picked.layers) if low <= u <= high]
     if valid and any(fits(u + 1) for u in valid if 4 <= u < high):
         edge = valid[-1]
         for step in (u for u in reversed(grid) if u < max(2, edge)):
@@ -341,7 +341,7 @@ def by_block(method: Method, knobs: Any, picked: Picked, total: int) -> dict[str
     """Parameters of each block: {"blocks", "counts"}; what layers share stands in a block of its own."""
     labels: dict[str, int] = {}
     try:
-        each = {layer: method.count_layer(layer, knobs) for layer, _ in budget._shapes(picked.layers)}
+        each = {layer: method.count_layer(layer, knobs) for layer, _ in budget.shapes(picked.layers)}
     except NotImplementedError:
         return {"blocks": ["shared"], "counts": [total]}
     by_shape = {(x.out, x.in_, x.kernel, x.role, x.bias): n for x, n in each.items()}

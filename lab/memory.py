@@ -198,10 +198,10 @@ def frozen(method: Method, layers: Sequence[Layer], knobs: Any) -> int:
     if shapes is None or not method.own:
         return 0
     try:
-        sizes = {layer: sum(math.prod(s) for s in shapes(layer, knobs).values()) for layer, _ in budget._shapes(layers)}
+        sizes = {layer: sum(math.prod(s) for s in shapes(layer, knobs).values()) for layer, _ in budget.shapes(layers)}
     except NotImplementedError:
         return 0
-    return TRAINED * sum(times * sizes[layer] for layer, times in budget._shapes(layers))
+    return TRAINED * sum(times * sizes[layer] for layer, times in budget.shapes(layers))
 
 
 @functools.cache

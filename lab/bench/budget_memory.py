@@ -5,6 +5,7 @@ every tensor's storage counted as it is made and freed (what torch.cuda.max_memo
 
     python -m lab bench budget_memory                      every method on both
     python -m lab bench budget_memory --method lora,nora
+    python -m lab bench budget_memory --write              and write lab/bench/budget_memory_peaks.csv
     python -m lab bench budget_memory --fit                write lab/bench/budget_memory.csv again
 """
 
@@ -23,11 +24,13 @@ from lab.methods import METHODS
 
 HELP = "the memory estimate against measured peaks"
 BATCH, STEPS = 4, 3
+PEAKS = memory.PROFILES.with_name("budget_memory_peaks.csv")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="", metavar="IDS", help="methods between commas (default all)")
     parser.add_argument("--base", choices=("tiny-sdxl", "block", "both"), default="both")
+    parser.add_argument("--write", action="store_true", help=f"write what was measured into {PEAKS.name}")
     parser.add_argument("--fit", action="store_true", help="measure what each method keeps in one layer, and save it")
 
 
@@ -40,8 +43,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name, base in bases.items():
         if args.base in (name, "both"):
-            rows += [compare(name, *base(), id) for id in ids]
+            for id in ids:
+                rows.append(compare(name, *base(), id))
+                if args.write:
+                    write(rows)
     return {"rows": rows}
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Put the rows into the table of peaks, in place of older ones of the same base and method."""
+    columns = ["base", "method", "measured", "estimated", "ratio", "error"]
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    if PEAKS.is_file():
+        with PEAKS.open(encoding="utf-8", newline="") as file:
+            found = {(row["base"], row["method"]): row for row in csv.DictReader(file)}
+    found |= {(row["base"], row["method"]): row for row in rows}
+    with PEAKS.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(found.values())
 
 
 # -- bases: (architecture, rows to adapt, make the model, make its inputs) ------------------------------------
