@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lab import images
+from lab import edm, images
 from lab.errors import LabError
 from lab.networks import ENCODERS, at_work
 
 # diffusers' own annotations leave out what its classes do (config attributes, module calls): they cannot be checked.
 Pipeline = Any  # StableDiffusionXLPipeline
-Schedule = Any  # DDPMScheduler
+Schedule = Any  # DDPMScheduler, or EDMEulerScheduler for bases of EDM's formulation
 
 
 @dataclass
@@ -180,6 +180,8 @@ def training_schedule(pipe: Pipeline) -> Schedule:
     zero terminal SNR). Raises LabError when the base predicts neither noise nor velocity."""
     from diffusers import DDPMScheduler
 
+    if edm.is_edm(pipe.scheduler):
+        return edm.schedule(pipe.scheduler)
     schedule: Schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
         raise LabError(
@@ -194,6 +196,8 @@ def snr_weights(schedule: Schedule, timesteps: torch.Tensor, gamma: float) -> to
     At zero terminal SNR the ε weight is its limit, 1. (diffusers' DreamBooth script takes min(SNR, γ)/SNR + 1 for v;
     the paper's form is that of diffusers' text-to-image scripts and of kohya's.)
     """
+    if edm.is_edm(schedule):
+        return edm.snr_weights(schedule, timesteps, gamma)
     alphas = schedule.alphas_cumprod.to(timesteps.device)[timesteps].double()
     snr = alphas / (1 - alphas)
     if schedule.config.prediction_type == "v_prediction":
@@ -229,11 +233,18 @@ def denoising_loss(
         latents = scaled(vae, torch.stack([mean[i] + std[i] * draw[i] for i in part]))
         known = {"text_embeds": pooled[part], "time_ids": pictures.time_ids[index[part]]}
         noises, t = torch.stack([noise[i] for i in part]), timesteps[part]
-        noisy = schedule.add_noise(latents, noises, t)
-        predicted = unet(noisy, t, encoder_hidden_states=states[part], added_cond_kwargs=known).sample
+        words = states[part]
+
+        def called(noisy: Any, time: Any, words: Any = words, known: Any = known) -> Any:
+            return unet(noisy, time, encoder_hidden_states=words, added_cond_kwargs=known).sample
+
         wanted = noises
-        if schedule.config.prediction_type == "v_prediction":
-            wanted = schedule.get_velocity(latents, noises, t)
+        if edm.is_edm(schedule):
+            predicted, wanted = edm.denoised(schedule, called, latents, noises, t), latents
+        else:
+            predicted = called(schedule.add_noise(latents, noises, t), t)
+            if schedule.config.prediction_type == "v_prediction":
+                wanted = schedule.get_velocity(latents, noises, t)
         for i, loss in zip(part, (predicted.float() - wanted).square().mean(dim=(1, 2, 3)), strict=True):
             losses[i] = loss
     found = torch.stack(losses)
