@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampling-steps", type=int, default=2)
     parser.add_argument("--weights", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--methods", default="lora,nora", help="names between commas")
+    parser.add_argument("--r-outer", type=float, default=128, help="of NoRA; 0.8, its default, holds 5.7 GB of factors")
     parser.add_argument("--text-encoder", action="store_true", help="adapters on the text encoders too")
     parser.add_argument("--write", action="store_true", help="write the table into lab/bench/sdxl.md")
 
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("resolution", "steps", "sampling_steps", "weights", "text_encoder")}
+    names = ("resolution", "steps", "sampling_steps", "weights", "text_encoder", "r_outer")
+    return {name: getattr(args, name) for name in names}
 
 
 def _path(args: argparse.Namespace, watch: Watch, out: Path) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def _path(args: argparse.Namespace, watch: Watch, out: Path) -> dict[str, Any]:
     spec = {
         "base": ID,
         "class_word": "fox",
-        "methods": args.methods.split(","),
+        "methods": {id: {"r_outer": args.r_outer} if id == "nora" else {} for id in args.methods.split(",")},
         "seeds": [0],
         "batch": 1,
         "prompts": ["a {subject} in the snow"],
@@ -174,7 +176,8 @@ def table(made: dict[str, Any]) -> str:
         "## The whole path, random weights of real size",
         "",
         f"{s['resolution']} px, batch 1, {s['steps']} steps, {s['sampling_steps']} sampling steps, weights in {s['weights']}, "
-        f"gradient checkpointing{', text encoders adapted too' if s['text_encoder'] else ''}; {made['device']}. "
+        f"gradient checkpointing, NoRA's r_outer {s['r_outer']:g}{', text encoders adapted too' if s['text_encoder'] else ''}; "
+        f"{made['device']}. "
         "Each run is stopped after its first checkpoint and resumed. Peak: of the phase; of the whole process on a CPU.",
         "",
         "| run | phase | seconds | peak, GiB |",

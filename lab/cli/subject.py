@@ -54,6 +54,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--snr-gamma", type=float, metavar="X", help="min-SNR weighting, usually 5")
     parser.add_argument("--prior-weight", type=float, metavar="X", help="prior preservation, usually 1")
     parser.add_argument("--flip", action="store_true", help="train on mirrored pictures too")
+    parser.add_argument(
+        "--buckets", action="store_true", help="train pictures without a crop whole, in their own aspect ratio"
+    )
+    parser.add_argument("--text-encoder", action="store_true", help="put adapters on both text encoders too")
+    parser.add_argument(
+        "--text-encoder-rate", type=float, metavar="X", help="their learning rate as a share of the UNet's (0.05)"
+    )
+    parser.add_argument(
+        "--weights", metavar="DTYPE", help="hold the base in fp32, fp16 or bf16 (default: the device's)"
+    )
+    parser.add_argument("--optimizer", metavar="NAME", help="adamw or adamw8bit, which needs bitsandbytes")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="a fraction of the activations' memory for a third more time (default: the base's)",
+    )
+    parser.add_argument("--offload", action="store_true", help="the UNet leaves the GPU while pictures are decoded")
+    parser.add_argument("--compile", action="store_true", help="compile the UNet's blocks: slow to begin, faster then")
     parser.add_argument("--checkpoint-every", type=int, metavar="N")
     parser.add_argument("--preview-every", type=int, metavar="N", help="steps between previews, 0 for none")
 
@@ -84,7 +102,14 @@ def _done(run: dict[str, Any], method: str) -> bool:
 
 
 def _told(run: dict[str, Any]) -> dict[str, Any]:
-    keys = ("trainable_parameters", "adapter_bytes", "train_seconds", "sample_seconds", "peak_memory_bytes")
+    keys = (
+        "trainable_parameters",
+        "adapter_bytes",
+        "train_seconds",
+        "sample_seconds",
+        "peak_memory_bytes",
+        "preflight",
+    )
     result = run["result"]
     told = {key: run[key] for key in ("method", "seed", "state", "knobs")}
     told |= {key: result.get(key) for key in (*keys, "clip_i", "clip_t", "drift", "final_loss")}
@@ -141,10 +166,10 @@ def to_spec(args: argparse.Namespace, paths: list[Path], card: dict[str, Any]) -
         "prompts": args.prompt,
         "seeds": parse_numbers(args.seeds, "--seeds") if args.seeds else None,
         "sample_seeds": parse_numbers(args.sample_seeds, "--sample-seeds") if args.sample_seeds else None,
-        "flip": args.flip,
-    }
+    } | {name: True for name in ("flip", "buckets", "text_encoder", "offload", "compile") if getattr(args, name)}
     plain = ("trigger", "budget", "base", "targets", "steps", "batch", "sampling_steps", "guidance", "resolution")
     plain += ("snr_gamma", "prior_weight", "checkpoint_every", "preview_every")
+    plain += ("text_encoder_rate", "weights", "optimizer", "gradient_checkpointing")
     return spec | {name: getattr(args, name) for name in plain}
 
 

@@ -6,6 +6,7 @@ DreamBooth-LoRA-SDXL recipe does it. This file checks and plans; `_subject_run.p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -296,17 +297,27 @@ def _learning_rates(base: Base, methods: dict[str, Any], given: Any) -> dict[str
     return {id: _number(f"The learning rate of {id}", rate, 1e-8, 100) for id, rate in rates.items()}
 
 
-def _layers(base: Base, targets: str) -> list[Layer]:
+def layers(base: Base, targets: str, text_encoder: bool = False) -> list[Layer]:
+    """The layers that these targets adapt in this base, its text encoders' too where asked. Raises LabError when the
+    base's table of layers is not known or has none of them."""
     from lab import architectures
 
-    return architectures.shapes(architectures.resolve(base.architecture).select(targets))
+    unet = architectures.resolve(base.architecture)
+    found = architectures.shapes(unet.select(targets))
+    for encoder, id in zip(
+        ("text_encoder", "text_encoder_2"), unet.companions or ("sdxl-te1", "sdxl-te2"), strict=False
+    ):
+        with contextlib.suppress(LabError):  # targets that an encoder has not, as convolutions
+            rows = architectures.load(id).select(targets) if text_encoder else []
+            found += [dataclasses.replace(row.layer, name=f"{encoder}.{row.layer.name}") for row in rows]
+    return found
 
 
 def _check_layers(base: Base, spec: dict[str, Any]) -> None:
-    layers = _layers(base, spec["targets"])
+    adapted = layers(base, spec["targets"], spec["text_encoder"])
     for id, knobs in spec["methods"].items():
         parsed = METHODS[id].knobs.parse(knobs)
-        for layer in layers:
+        for layer in adapted:
             METHODS[id].check(layer, parsed)
 
 
@@ -314,9 +325,9 @@ def _fit_budget(base: Base, spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings with which every method trains about `budget` parameters on this base's layers."""
     from lab.budget import solve
 
-    layers, budget = _layers(base, spec["targets"]), spec["budget"]
+    adapted, budget = layers(base, spec["targets"], spec["text_encoder"]), spec["budget"]
     starts = {id: METHODS[id].knobs.parse(knobs) for id, knobs in spec["methods"].items()}
-    return {id: dataclasses.asdict(solve(METHODS[id], layers, budget, start).knobs) for id, start in starts.items()}
+    return {id: dataclasses.asdict(solve(METHODS[id], adapted, budget, start).knobs) for id, start in starts.items()}
 
 
 register(Subject())

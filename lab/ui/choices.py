@@ -9,9 +9,9 @@ from typing import Any
 from lab.bases import BASES, Base
 from lab.errors import LabError
 from lab.methods import METHODS, Method
-from lab.methods.spec import Layer
 from lab.plots import colour
 from lab.registry import unknown
+from lab.tasks.subject import layers
 
 TICKED = ("lora", "nora")
 PINNED = ("lora", "nora", "nola", "pranc", "dora", "vera")  # shown before the rest is unfolded
@@ -83,22 +83,15 @@ def checked(value: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def layers(base: Base, targets: str) -> list[Layer]:
-    """The layers that these targets adapt in this base. Raises LabError when its table is not known or has none."""
-    from lab import architectures
-
-    return [row.layer for row in architectures.load(base.architecture).select(targets or base.targets)]
-
-
 def parsed(base: Base, method: Method, given: dict[str, Any]) -> Any:
     """The method's knobs from the visitor's settings over the base's preset. Raises LabError."""
     return method.knobs.parse({**base.preset("knobs").get(method.id, {}), **given})
 
 
-def count(base: Base, targets: str, method: Method, settings: Any) -> dict[str, Any]:
+def count(base: Base, targets: str, method: Method, settings: Any, text_encoder: bool = False) -> dict[str, Any]:
     """{"n", "text", "error"}: trainable parameters with these settings, or why there are none."""
     try:
-        shapes = layers(base, targets)
+        shapes = layers(base, targets or base.targets, text_encoder)
         for layer in shapes:
             method.check(layer, settings)
         number = method.count(shapes, settings)
@@ -109,7 +102,7 @@ def count(base: Base, targets: str, method: Method, settings: Any) -> dict[str, 
     return {"n": number, "text": f"{number:,}", "error": ""}
 
 
-def counts(base_id: str, targets: str, value: Any) -> dict[str, dict[str, Any]]:
+def counts(base_id: str, targets: str, value: Any, text_encoder: bool = False) -> dict[str, dict[str, Any]]:
     """`count` of every method by id, with the settings of the moment."""
     given = value.get("knobs") if isinstance(value, dict) and isinstance(value.get("knobs"), dict) else {}
     base = BASES[base_id]
@@ -120,5 +113,5 @@ def counts(base_id: str, targets: str, value: Any) -> dict[str, dict[str, Any]]:
         except LabError as problem:
             found[method.id] = {"n": None, "text": "does not fit", "error": str(problem)}
         else:
-            found[method.id] = count(base, targets, method, settings)
+            found[method.id] = count(base, targets, method, settings, text_encoder)
     return found

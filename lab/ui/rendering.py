@@ -59,7 +59,9 @@ def now(run: Run) -> str:
         return f"number {run.position} in the queue" if run.position else "in the queue"
     if run.state == "running":
         fits = run.preflight()
-        return "stopping" if run.cancelling else " · ".join(dict.fromkeys(filter(None, (run.phase or "starting", fits))))
+        return (
+            "stopping" if run.cancelling else " · ".join(dict.fromkeys(filter(None, (run.phase or "starting", fits))))
+        )
     if run.state == "done":
         return f"finished in {duration(run.seconds)}"
     if run.state == "cancelled":

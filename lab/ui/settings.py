@@ -17,6 +17,7 @@ NAMES = (
     "base", "targets", "steps", "batch", "lr", "seeds", "budget",
     "prompts", "sample_seeds", "sampling_steps", "guidance",
     "snr_gamma", "prior_weight", "flip", "resolution",
+    "buckets", "text_encoder", "text_encoder_rate", "gradient_checkpointing", "offload", "compile", "weights", "optimizer",
 )  # fmt: skip
 TARGETS = [
     ("attention: q, k, v, out", "attn"),
@@ -24,6 +25,15 @@ TARGETS = [
     ("attention and MLP", "all"),
     ("MLP", "mlp"),
 ]
+WEIGHTS = [("the device's own", ""), ("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16")]
+OPTIMIZERS = [("AdamW", "adamw"), ("AdamW, 8 bit (needs bitsandbytes)", "adamw8bit")]
+CHECKED = {  # switches beside `flip`: what they do, and when
+    "buckets": ("Aspect-ratio buckets", "A picture you did not crop is trained whole, in its own shape."),
+    "text_encoder": ("Adapt the text encoders", "Adapters on both of them too: stronger, slower, sooner too much."),
+    "gradient_checkpointing": ("Gradient checkpointing", "A fraction of the memory for a third more time."),
+    "offload": ("Offload when drawing", "The UNet leaves the GPU while pictures are decoded in tiles."),
+    "compile": ("Compile the UNet", "Minutes slower to begin, then faster: for long runs on a GPU."),
+}
 
 
 def defaults(base: str) -> dict[str, Any]:
@@ -34,7 +44,7 @@ def defaults(base: str) -> dict[str, Any]:
 def shown(base: str) -> dict[str, Any]:
     """Values of the controls for a base's defaults; 0 stands for what is off or left to the base."""
     spec = defaults(base)
-    return {
+    values = {
         "base": base,
         "targets": spec["targets"],
         "steps": spec["steps"],
@@ -50,7 +60,10 @@ def shown(base: str) -> dict[str, Any]:
         "prior_weight": spec["prior_weight"],
         "flip": spec["flip"],
         "resolution": spec["resolution"] or 0,
+        "weights": spec["weights"] or "",
+        **{name: spec[name] for name in (*CHECKED, "text_encoder_rate", "optimizer")},
     }
+    return {name: values[name] for name in NAMES}
 
 
 def build() -> dict[str, Any]:
@@ -90,9 +103,27 @@ def build() -> dict[str, Any]:
             number("snr_gamma", "Min-SNR gamma", "5 is usual. 0: off.", whole=False)
             number("prior_weight", "Prior preservation", "Weight of class pictures. 0: off.", whole=False)
             number("resolution", "Resolution", "0: the base's own.")
-        made["flip"] = gr.Checkbox(
-            first["flip"], label="Mirror pictures at random", info="Leave off for subjects with writing or a side."
-        )
+        with gr.Row():
+            made["flip"] = gr.Checkbox(
+                first["flip"],
+                label="Mirror pictures",
+                info="Leave off for subjects with writing or a side.",
+                min_width=220,
+            )
+            for name, (label, info) in CHECKED.items():
+                made[name] = gr.Checkbox(first[name], label=label, info=info, min_width=220)
+        with gr.Row():
+            number("text_encoder_rate", "Text encoders' rate", "Share of the UNet's learning rate.", whole=False)
+            made["weights"] = gr.Dropdown(
+                WEIGHTS, value=first["weights"], label="Base held in", info="Adapters are fp32.", min_width=140
+            )
+            made["optimizer"] = gr.Dropdown(
+                OPTIMIZERS,
+                value=first["optimizer"],
+                label="Optimizer",
+                info="A method may bring its own.",
+                min_width=140,
+            )
     return {name: made[name] for name in NAMES}
 
 
@@ -110,9 +141,10 @@ def spec(values: dict[str, Any]) -> dict[str, Any]:
         "prompts": prompts or None,
         "flip": bool(values["flip"]),
     }
-    for name in ("steps", "batch", "sampling_steps", "guidance", "prior_weight"):
+    found |= {name: bool(values[name]) for name in CHECKED}
+    for name in ("steps", "batch", "sampling_steps", "guidance", "prior_weight", "text_encoder_rate", "optimizer"):
         found[name] = values[name]
-    for name in ("lr", "budget", "snr_gamma", "resolution"):
+    for name in ("lr", "budget", "snr_gamma", "resolution", "weights"):
         found[name] = values[name] or None  # an empty number field shows 0
     return {name: value for name, value in found.items() if value is not None}
 

@@ -204,7 +204,7 @@ def summarise(values: dict[str, Any]) -> str:
 def _bars(spec: dict[str, Any]) -> str:
     base = BASES[spec["base"]]
     counts = {
-        id: choices.count(base, spec["targets"], METHODS[id], METHODS[id].knobs.parse(knobs))
+        id: choices.count(base, spec["targets"], METHODS[id], METHODS[id].knobs.parse(knobs), spec["text_encoder"])
         for id, knobs in spec["methods"].items()
     }
     most = max(count["n"] or 0 for count in counts.values()) or 1

@@ -107,7 +107,7 @@ def wake(store: Store) -> None:
 def counts(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Parameter counts for the picker; a base or layers that are not the page's have none."""
     try:
-        return choices.counts(values["base"], values["targets"], values["picker"])
+        return choices.counts(values["base"], values["targets"], values["picker"], bool(values["text_encoder"]))
     except LabError:
         return {}
 
