@@ -7,6 +7,7 @@ grid.png, results.csv, report.html. Calling again with the same folder goes on w
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def _attempt(out: Path, task_id: str, spec: dict[str, Any], planned: PlannedRun,
 
 
 def _share_cores(processes: int) -> None:
-    """Small products gain little from threads that wait for each other: a process gets its share of the cores."""
-    import torch
-
-    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    """A process gets its share of the cores: torch, which is not imported yet, reads this when it is."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    cores = int(threads) if threads.isdecimal() else len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // processes))

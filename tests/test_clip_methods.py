@@ -16,8 +16,17 @@ from lab.clip.bases import resolve
 from lab.clip.episode import Batch
 from lab.clip.fit import fit, learned, predict_examples, restore
 from lab.clip.method import Recipe
+from lab.clip.pictures import Examples
 from lab.clip.split import SplitAttention, split_attention
-from lab.clip.towers import class_weights, cosine_logits, image_features, prompted, text_features, unit
+from lab.clip.towers import (
+    class_weights,
+    cosine_logits,
+    image_features,
+    prompted,
+    text_features,
+    unit,
+    word_embeddings,
+)
 from lab.errors import LabError
 from lab.methods import METHODS
 from lab.methods.clip import CLIP_METHODS
@@ -249,6 +258,44 @@ def test_coop_with_the_templates_words_is_zero_shot_with_that_template():
     head = method.build(episode, method.knobs(tokens=4, words=words))
     expected = class_weights(episode.clip, episode.classes, [words + "{}."])
     torch.testing.assert_close(unit(method.texts(head)), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_prograd_starts_from_the_templates_words_behind_zeros():
+    episode, method = plain_episode(shots=2), CLIP_METHODS["prograd"]
+    context = method.build(episode, method.knobs(tokens=16))["context"]
+    words = word_embeddings(episode.clip, "a picture of a", 14)  # a token a letter in this tokenizer
+    torch.testing.assert_close(context[2:], words)
+    assert not context[:2].any()
+
+
+def test_taskres_adds_to_the_towers_own_features():
+    """Not to features of length 1: a step of the same size would weigh more there."""
+    episode, method = plain_episode(shots=2), CLIP_METHODS["taskres"]
+    head = method.build(episode, method.knobs(alpha=0.5))
+    raw = episode.clip.model.encode_text(episode.clip.tokenize([f"a picture of a {c}" for c in episode.classes]))
+    torch.testing.assert_close(head["texts"], raw, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        head["residual"].normal_(generator=torch.Generator().manual_seed(0))
+    f = episode.validation.features
+    expected = episode.clip.scale * f @ unit(raw + 0.5 * head["residual"]).T
+    torch.testing.assert_close(method.logits(head, batch_of(f, [0] * 6)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_clip_adapter_is_the_same_on_raw_features():
+    """Why the feature of length 1 is no departure: the bottleneck has no biases, and the result is normalised."""
+    episode, method = plain_episode(shots=2), CLIP_METHODS["clip-adapter"]
+    head = method.build(episode, method.knobs())
+    f = episode.validation.features
+    logits = [method.logits(head, batch_of(f * length, [0] * 6)) for length in (1.0, 11.3)]
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
+
+
+def test_cached_views_of_pictures_that_must_not_be_mirrored_are_not():
+    ramp = (torch.linspace(0, 255, micro_clip.SIZE).expand(3, 3, micro_clip.SIZE, micro_clip.SIZE)).to(torch.uint8)
+    made = micro_clip.clip()
+    plain = Examples(made, ramp, torch.arange(3), 8, (1.0, 1.0), flip=False)
+    assert (plain.views - plain.views[:1]).abs().max() < 1e-4
+    assert (Examples(made, ramp, torch.arange(3), 8, (1.0, 1.0)).views - plain.views).abs().max() > 1e-3
 
 
 def test_clip_lora_scales_by_the_square_root_of_its_rank():

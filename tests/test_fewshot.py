@@ -12,6 +12,7 @@ from PIL import Image
 from lab import comparison
 from lab.bases import BASES, Base
 from lab.cli import main
+from lab.cli.subject import progress
 from lab.clip import fit as fitting
 from lab.clip import table
 from lab.clip.method import Recipe
@@ -105,6 +106,12 @@ def test_defaults_are_filled_in_and_checking_again_changes_nothing():
         ({"targets": "q,zz"}, "Unknown target 'zz'"),
         ({"lr": {"lora": -1}}, "above 0"),
         ({"crop": [0.5, 2]}, "share of the area"),
+        ({"also": "digits"}, "must be a list"),
+        ({"also": ["digitz"]}, "Unknown dataset 'digitz': did you mean digits"),
+        (
+            {"also": ["digits"], "shots": [20], "dataset": "openmoji", "seeds": [1], "classes": ["x"]},
+            "12 classes, 1 names",
+        ),
         ({"base": "timm:vit_base_patch16_224.augreg_in21k", "methods": ["coop-4"]}, "cannot read: leave it out"),
     ],
 )
@@ -127,6 +134,39 @@ def test_presets_are_what_the_papers_say():
     assert recipe(nora, "nora").rates == (1e-3, 5e-3, 1e-2)
     assert nora["methods"]["nora"]["r_inner"] == 16
     assert recipe(TASK.check({"methods": ["lora"], "lr": {"lora": 0.5}}), "lora").rates == (0.5,)
+
+
+def test_published_recipes_are_the_official_codes():
+    """Epochs by shots, batch and rate as the configurations and scripts of each repository have them."""
+    said = {
+        "coop-16": (2e-3, "sgd", 32, (50, 100, 200)),
+        "cocoop": (2e-3, "sgd", 1, (10, 10, 10)),
+        "kgcoop": (2e-3, "sgd", 128, (100, 100, 100)),
+        "prograd": (2e-3, "sgd", 32, (50, 100, 200)),
+        "taskres": (2e-3, "adam", 256, (100, 100, 200)),
+        "plotpp": (2e-3, "sgd", 32, (100, 200, 400)),  # two stages
+        "tip-adapter-f": (1e-3, "adamw", 256, (20, 20, 20)),
+        "clip-lora": (2e-4, "adamw", 32, None),
+    }
+    for id, (rate, optimizer, batch, epochs) in said.items():
+        made = CLIP_METHODS[id].published
+        assert (made.rates, made.optimizer, made.batch) == ((rate,), optimizer, batch), id
+        for shots, count in zip((1, 4, 16), epochs or (), strict=False):
+            examples = 100 * shots
+            assert made.length(shots, examples) == count * -(-examples // batch), (id, shots)
+            assert made.warmup_steps(examples) == (0 if id == "tip-adapter-f" else -(-examples // batch)), id
+    assert CLIP_METHODS["clip-lora"].published.length(16, 1600) == 8000
+    assert CLIP_METHODS["full"].published.rates == (8e-5, 5e-5, 3e-5, 1e-5)
+
+
+def test_image_models_are_trained_as_nola_trains_them():
+    base = "timm:vit_base_patch16_224.augreg_in21k"
+    made = TASK.check({"base": base, "methods": ["1-nn", "linear", "full", "lora", "nola"], "shots": [5, 10]})
+    assert made["preset"] == "nola"
+    assert TASK.check({"base": "timm:vit_tiny_patch16_224:random", "methods": ["lora"]})["preset"] == "nola"
+    assert recipe(made, "nola") == Recipe((5e-3, 1e-3, 5e-4), epochs=50, batch=64)
+    assert made["methods"]["nola"]["k"] == made["methods"]["nola"]["l"] == 1000
+    assert made["methods"]["lora"]["r"] == 4
 
 
 # -- what a run does ---------------------------------------------------------------------------------------------------
@@ -254,6 +294,30 @@ def test_validation_chooses_among_learning_rates(micro, tmp_path):
     best = max(curve, key=lambda c: (c["accuracy"], -c["loss"]))
     assert (part["lr"], part["best_step"]) == (best["rate"], best["step"])
     assert part["validation_accuracy"] == pytest.approx(best["accuracy"])
+
+
+def test_several_datasets_make_one_run_with_places_of_their_own(micro, tmp_path):
+    """The second dataset is read, trained and tested as the first, and a classifier comes back from either."""
+    made = spec(methods=["taskres"], shots=[1]) | {"also": ["digits"]}
+    steps = []
+    result = run(made, tmp_path / "a", report=lambda step, _steps, **v: steps.append((step, v["phase"])))
+    assert [part["dataset"] for part in result["shots"]] == ["openmoji", "digits"]
+    assert result["datasets"] == ["openmoji", "digits"]
+    assert [s for s, _ in steps] == sorted(s for s, _ in steps)
+    assert any(phase.startswith("Handwritten digits (embedded), 1 shots: ") for _, phase in steps)
+    assert (tmp_path / "a" / "also-1" / "shots-1" / "state.safetensors").exists()
+    curve = [json.loads(line) for line in (tmp_path / "a" / "validation.jsonl").read_text().splitlines()]
+    assert {line["dataset"] for line in curve} == {"openmoji", "digits"}
+    own, place = task_module.parts(made, tmp_path / "a")[1]
+    assert own["template"] == resolve("digits").template
+    assert own["classes"] is None
+    _, head = _fewshot_run.build(own, TASK.plan(made)[0], 1, place)
+    assert head["residual"].abs().sum() > 0
+    found = table.records([{"result": result}])
+    assert table.columns(found) == [("openmoji", 1), ("digits", 1), (table.AVERAGE, 1)]
+    mean = table.rows(found)[0]["cells"][(table.AVERAGE, 1)]["mean"]
+    assert mean == pytest.approx(sum(part["accuracy"] for part in result["shots"]) / 2)
+    assert "average, 1 shots" in table.markdown(found)
 
 
 def test_image_model_without_texts_gets_a_linear_head(monkeypatch, tmp_path):
@@ -417,6 +481,19 @@ def test_command_line_on_a_folder_with_the_embedded_model(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["runs"] == told["runs"]
     assert main([*words[:-1], "--seeds", "2"]) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def test_runs_in_processes_of_their_own_are_the_same_runs(tmp_path, capsys):
+    """The task here fails before it imports torch: what is tested is who runs where, and that a failure is told."""
+    made = spec(methods=["zero-shot", "taskres"], shots=[1]) | {"base": "no-such-model"}
+    done = tmp_path / "two" / "runs" / "taskres-s1" / "result.json"
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
+    runs = comparison.run_all(tmp_path / "two", "fewshot", made, progress, processes=2)
+    assert [(r["method"], r["state"]) for r in runs] == [("zero-shot", "failed"), ("taskres", "done")]
+    assert "no-such-model" in runs[0]["message"]
+    assert main(["fewshot", "--processes", "0", "--out", str(tmp_path / "x")]) == 2
+    assert "--processes must be between 1 and 64" in capsys.readouterr().err
 
 
 def test_command_line_lists_and_refuses(capsys, tmp_path):

@@ -16,7 +16,7 @@ from lab.ui import _fewshot_results as results
 from lab.ui import discover, fewshot
 
 VALUES = {
-    "dataset": "openmoji", "classes": "", "template": "a {}", "shots": [4], "seeds": "1, 2", "methods": ["zero-shot"],
+    "dataset": "openmoji", "also": [], "classes": "", "template": "a {}", "shots": [4], "seeds": "1, 2", "methods": ["zero-shot"],
     "adapters": ["nora"], "base": "tiny-clip", "preset": "", "encoder": "both", "targets": ["q", "v"], "steps": 0,
 }  # fmt: skip
 MARKUP = "<img src=x onerror=alert(1)>"
@@ -57,6 +57,8 @@ def test_submits_what_was_entered(store):
         ({"base": "ViT-B-16:../../weights.safetensors"}, "Unknown model"),
         ({"dataset": "/etc"}, "Unknown dataset"),
         ({"dataset": None}, ""),
+        ({"also": ["digits", "/etc"]}, "Unknown dataset"),
+        ({"also": ["upload:" + "0" * 40]}, "not found"),
         ({"seeds": "one"}, "Seeds must be whole numbers"),
         ({"methods": [], "adapters": []}, "at least one method"),
         ({"classes": "a\nb"}, "has 12 classes, 2 names were given"),
@@ -85,6 +87,37 @@ def test_panel_of_a_fresh_comparison_and_of_a_strangers(store):
         results.try_picture(store, "you", cid, "x.png")
     with pytest.raises(LabError, match="no such action"):
         results.act(store, "me", "rm", "x")
+
+
+def test_several_datasets_have_columns_and_an_average():
+    part = {"shots": 4, "trainable_parameters": 7, "train_seconds": 1.0, "peak_memory_bytes": 5}
+    runs = [
+        {"result": {"method": "lora", "seed": seed, "dataset": "openmoji", "shots": [
+            part | {"dataset": "openmoji", "accuracy": first}, part | {"dataset": "digits", "accuracy": 0.5}]}}
+        for seed, first in ((1, 0.7), (2, 0.9))
+    ]  # fmt: skip
+    found = table.records(runs)
+    shown = html.results(found)
+    assert "OpenMoji by category (embedded)" in shown
+    assert "Handwritten digits (embedded)" in shown
+    assert "Average" in shown
+    assert "65.0 ± 7.1" in shown
+    assert results.cells(found) == [
+        {
+            "method": "lora",
+            "name": "LoRA",
+            "shots": 4,
+            "mean": pytest.approx(0.65),
+            "spread": pytest.approx(0.0707, abs=1e-3),
+        }
+    ]
+    assert results.points(found)[0]["mean"] == pytest.approx(0.65)
+    assert "Handwritten digits" in results.run_choices(found)[-1][0]
+    written = html.written(
+        {"dataset": "openmoji", "also": ["digits"], "template": "a {}", "preset": "short", "base": "tiny-clip",
+         "targets": "q", "encoder": "both", "seeds": [1, 2]}
+    )  # fmt: skip
+    assert "Handwritten digits (embedded), each with its own template" in written
 
 
 def finished(store, cid: str, shots: int = 4) -> None:

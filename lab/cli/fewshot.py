@@ -4,8 +4,8 @@
     python -m lab fewshot pictures.zip --method all --seeds 1,2,3 --out out/mine
 
 DATA is a folder or zip with one sub-folder a class (train/ and test/ around them if there is a split), or a dataset's
-id (`--list` shows them); without it, the embedded OpenMoji set. Calling again with the same --out goes on where it
-stopped.
+id (`--list` shows them); without it, the embedded OpenMoji set. Several make a table with a column for each. Calling
+again with the same --out goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ TABLE = (
     "vera", "nora", "nola",
 )  # fmt: skip
 KEYS = (
-    "validation_accuracy", "adapter_bytes", "peak_memory_bytes", "best_step", "steps", "lr", "settled", "per_class",
+    "validation_accuracy", "head_parameters", "adapter_bytes", "peak_memory_bytes", "best_step", "steps", "lr", "settled", "per_class",
     "train_pictures", "validation_pictures", "test_pictures",
 )  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", nargs="?", default="", metavar="DATA", help="a folder, a zip, or a dataset's id")
+    parser.add_argument("data", nargs="*", metavar="DATA", help="folders, zips, or datasets' ids")
     parser.add_argument("--list", action="store_true", help="show datasets, models, presets and methods, and stop")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for everything that is made")
     parser.add_argument(
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> Any:
 
 
 def _told(record: dict[str, Any]) -> dict[str, Any]:
-    first = ("method", "seed", "shots", "trainable_parameters", "accuracy", "train_seconds")
+    first = ("method", "seed", "dataset", "shots", "trainable_parameters", "accuracy", "train_seconds")
     return {key: record[key] for key in first} | {"state": "done"} | {key: record.get(key) for key in KEYS}
 
 
@@ -106,8 +106,10 @@ def to_spec(args: argparse.Namespace) -> dict[str, Any]:
     for method in settings:
         if method not in chosen:
             raise LabError(f"--set {method}.… is for a method that is not compared: add --method {method}.")
+    names = [_dataset(given, args.skip_damaged) for given in args.data or [""]]
     spec = {
-        "dataset": _dataset(args.data, args.skip_damaged),
+        "dataset": names[0],
+        "also": names[1:],
         "methods": {method: shared | settings.get(method, {}) for method in chosen},
         "shots": parse_numbers(args.shots, "--shots"),
         "seeds": parse_numbers(args.seeds, "--seeds"),

@@ -47,6 +47,7 @@ def _like(name: str, source: str) -> Base:
         source=source,
         architecture=name,
         targets="q,v" if image_only else "q,k,v",
+        presets={"fewshot": {"preset": "nola" if image_only else "clip-lora"}},
         summary="",
         licence="",
     )

@@ -16,6 +16,7 @@ from typing import Any
 from lab.tasks import fewshot
 
 LEVEL = 0.05
+AVERAGE = ""  # stands for the mean over datasets where a dataset's id may stand
 COLUMNS = (
     "method", "dataset", "shots", "seed", "accuracy", "validation_accuracy", "trainable_parameters", "adapter_bytes",
     "train_seconds", "peak_memory_bytes", "lr", "best_step", "steps",
@@ -25,12 +26,14 @@ Record = dict[str, Any]
 
 
 def records(runs: Iterable[dict[str, Any]]) -> list[Record]:
-    """Finished runs (dicts with `result`, as the queue and the command line have them) → one record a number of shots."""
+    """Finished runs (dicts with `result`, as the queue and the command line have them) → one record a dataset and number
+    of shots."""
     found = []
     for run in runs:
         result = run.get("result") or {}
         for part in result.get("shots", []):
-            same = {"method": result["method"], "seed": result["seed"], "dataset": result["dataset"]}
+            same = {"method": result["method"], "seed": result["seed"]}
+            same["dataset"] = part.get("dataset", result["dataset"])
             found.append(part | same | {"name": fewshot.name(result["method"]), "folder": str(run.get("folder", ""))})
     return found
 
@@ -39,25 +42,31 @@ def rows(found: Sequence[Record]) -> list[Record]:
     """One row a method: `cells` by (dataset, shots) with mean, spread (sample deviation, None for one seed), seeds and
     mark ("best", "second", ""), and means of parameters, seconds and memory over its runs."""
     ids = list(dict.fromkeys(record["method"] for record in found))
-    made = [_row(id, [r for r in found if r["method"] == id]) for id in ids]
-    for key in columns(found):
+    heads = columns(found)
+    made = [_row(id, [r for r in found if r["method"] == id], heads) for id in ids]
+    for key in heads:
         _mark([row["cells"][key] for row in made if key in row["cells"]])
     return made
 
 
 def columns(found: Sequence[Record]) -> list[tuple[str, int]]:
-    """(dataset, shots), datasets in the order they came, shots rising."""
-    names = list(dict.fromkeys(record["dataset"] for record in found))
-    return [(name, k) for name in names for k in sorted({r["shots"] for r in found if r["dataset"] == name})]
+    """(dataset, shots), shots rising, datasets in the order they came, and their average where there are several."""
+    made: list[tuple[str, int]] = []
+    for shots in sorted({record["shots"] for record in found}):
+        names = list(dict.fromkeys(record["dataset"] for record in found if record["shots"] == shots))
+        made += [(name, shots) for name in names] + ([(AVERAGE, shots)] if len(names) > 1 else [])
+    return made
 
 
-def _row(id: str, own: list[Record]) -> Record:
+def _row(id: str, own: list[Record], heads: Sequence[tuple[str, int]]) -> Record:
     cells = {}
-    for key in columns(own):
-        values = [r["accuracy"] for r in own if (r["dataset"], r["shots"]) == key]
+    for key in heads:
+        values = _average(own, heads, key[1]) if key[0] == AVERAGE else _values(own, key)
+        if not values:
+            continue
         spread = statistics.stdev(values) if len(values) > 1 else None
         cells[key] = {"mean": statistics.fmean(values), "spread": spread, "values": values, "mark": ""}
-    most = max(own, key=lambda r: r["shots"])
+    most = max(own, key=lambda r: r["shots"])  # of the first dataset
     return {
         "method": id,
         "name": own[0]["name"],
@@ -66,6 +75,20 @@ def _row(id: str, own: list[Record]) -> Record:
         "train_seconds": statistics.fmean(r["train_seconds"] for r in own),
         "peak_memory_bytes": max(r["peak_memory_bytes"] for r in own),
     }
+
+
+def _values(own: list[Record], key: tuple[str, int]) -> list[float]:
+    return [r["accuracy"] for r in own if (r["dataset"], r["shots"]) == key]
+
+
+def _average(own: list[Record], heads: Sequence[tuple[str, int]], shots: int) -> list[float]:
+    """Each seed's mean over the datasets; seeds that lack one of them are left out."""
+    names = [name for name, k in heads if k == shots and name != AVERAGE]
+    seeds: dict[int, dict[str, float]] = {}
+    for r in own:
+        if r["shots"] == shots:
+            seeds.setdefault(r["seed"], {})[r["dataset"]] = r["accuracy"]
+    return [statistics.fmean(by.values()) for by in seeds.values() if len(by) == len(names)]
 
 
 def _mark(cells: list[Record]) -> None:
@@ -109,7 +132,7 @@ def markdown(found: Sequence[Record]) -> str:
     """The table as Markdown: per cent, ± one deviation over seeds."""
     heads = columns(found)
     lines = [
-        "| Method | Parameters | " + " | ".join(f"{name}, {k} shots" for name, k in heads) + " |",
+        "| Method | Parameters | " + " | ".join(f"{name or 'average'}, {k} shots" for name, k in heads) + " |",
         "|" + "---|" * (2 + len(heads)),
     ]
     for row in rows(found):

@@ -92,15 +92,16 @@ def results(found: Sequence[Record]) -> str:
     if not found:
         return '<div class="lab fs"><p class="fs-note">The table begins when the first run has finished.</p></div>'
     heads = table.columns(found)
-    names = {d: datasets.resolve(d, local=False).name for d, _ in heads}
+    names = {d: datasets.resolve(d, local=False).name if d != table.AVERAGE else "Average" for d, _ in heads}
     top = "".join(f"<th>{e(names[d])}<br>{k} shots</th>" for d, k in heads)
     body = "".join(_row(row, heads) for row in table.rows(found))
     return (
         '<div class="lab fs"><div class="fs-scroll"><table class="fs-table"><thead><tr><th>Method</th>'
         f"{top}<th>Parameters</th><th>Training</th><th>Memory</th></tr></thead><tbody>{body}</tbody></table></div>"
         '<p class="fs-note">Top-1 accuracy in per cent, mean ± standard deviation over seeds. '
-        "<b>Bold</b>: best, <u>underlined</u>: second, each only where its lead is larger than the noise. Training: mean "
-        "seconds of one number of shots, validation included. Memory: the largest peak of the process.</p></div>"
+        "<b>Bold</b>: best, <u>underlined</u>: second, each only where its lead is larger than the noise. Parameters: all that "
+        "is trained with the most shots, a linear head included. Training: mean seconds of one number of shots, without "
+        "validation. Memory: the largest peak of the process.</p></div>"
     )
 
 
@@ -159,6 +160,14 @@ def _top(answer: Record) -> str:
     )
 
 
+def _of(spec: Record) -> str:
+    """The comparison's datasets, and the template where it is the visitor's to change."""
+    ids = [spec["dataset"], *(spec.get("also") or [])]
+    names = ", ".join(datasets.resolve(id, local=False).name for id in ids)
+    templates = f"template “{spec['template']}”" if len(ids) == 1 else "each with its own template"
+    return e(f"{names}, {templates},")
+
+
 def written(spec: Record | None) -> str:
     """The protocol in words, with this comparison's own settings."""
     own = ""
@@ -167,7 +176,7 @@ def written(spec: Record | None) -> str:
 
         preset = PRESETS[spec["preset"]]
         own = (
-            f"<p>This comparison: {e(spec['base'])}, template “{e(spec['template'])}”, adapters on {e(spec['targets'])} of "
+            f"<p>This comparison: {e(spec['base'])}, {_of(spec)} adapters on {e(spec['targets'])} of "
             f"{'both encoders' if spec['encoder'] == 'both' else 'the ' + e(spec['encoder']) + ' encoder'}, seeds "
             f"{e(', '.join(map(str, spec['seeds'])))}, preset {e(preset.name)}: {e(preset.summary)}</p>"
         )

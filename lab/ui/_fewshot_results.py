@@ -9,12 +9,13 @@ from typing import Any
 
 import gradio as gr
 
+from lab import datasets
 from lab.clip import table
 from lab.errors import LabError
 from lab.jobs import ensure_worker
 from lab.plots import PLOTS
 from lab.runs import Comparison, Run, Store
-from lab.tasks.fewshot import name
+from lab.tasks.fewshot import name, parts
 from lab.ui import Page
 from lab.ui import _fewshot_html as html
 from lab.ui.comparison import heading
@@ -57,7 +58,10 @@ def build(page: Page) -> Results:
             with gr.Column(min_width=320):
                 confusion = gr.Plot(show_label=False, container=False, elem_id="fs-confusion")
         wrong = plain("fs-wrong")
-        heading("Your own picture", "the five likeliest classes by each method, with the most shots and the first seed")
+        heading(
+            "Your own picture",
+            "the five likeliest classes by each method on the chosen run's dataset, with the most shots and the first seed",
+        )
         with gr.Row(equal_height=False):
             own = gr.Image(type="filepath", label="Picture", height=220, sources=["upload", "clipboard"], scale=1)
             with gr.Column(scale=3):
@@ -90,9 +94,9 @@ def build(page: Page) -> Results:
     def single(request: gr.Request, cid: str | None, picked: str | None) -> list[Any]:
         return one_run(page.store, owner_of(request), cid, picked)
 
-    def answered(request: gr.Request, cid: str | None, path: str | None) -> str:
+    def answered(request: gr.Request, cid: str | None, path: str | None, picked: str | None) -> str:
         try:
-            return try_picture(page.store, owner_of(request), cid, path)
+            return try_picture(page.store, owner_of(request), cid, path, picked)
         except LabError as problem:
             return error(str(problem))
 
@@ -107,7 +111,7 @@ def build(page: Page) -> Results:
     which.input(lambda cid: cid, which, opened, **QUIET)
     queue.click(sentences(acted), None, timer, **QUIET)
     one.change(sentences(single), [opened, one], details, **QUIET)
-    own.change(answered, [opened, own], answers, api_visibility="private", show_progress_on=answers)
+    own.change(answered, [opened, own, one], answers, api_visibility="private", show_progress_on=answers)
     page.opened.change(sentences(opened_elsewhere), page.opened, opened, **QUIET)
     page.demo.load(sentences(landed), None, opened, **QUIET)
     return Results(opened)
@@ -157,15 +161,16 @@ def refresh(store: Store, owner: str, cid: str | None, before: str, picked: str 
 
 
 def curves(comparison: Comparison) -> list[Record]:
-    """Validation accuracy of every run at its most shots so far, as the plot takes it."""
+    """Validation accuracy of every run at its latest dataset and number of shots, as the plot takes it."""
     made = []
     for run in comparison.runs:
         lines = _lines(run)
         if not lines:
             continue
         shots = lines[-1]["shots"]
-        for rate in dict.fromkeys(line["rate"] for line in lines if line["shots"] == shots):
-            by_step = {n["step"]: n["accuracy"] for n in lines if n["shots"] == shots and n["rate"] == rate}
+        last = [n for n in lines if (n["shots"], n.get("dataset")) == (shots, lines[-1].get("dataset"))]
+        for rate in dict.fromkeys(line["rate"] for line in last):
+            by_step = {n["step"]: n["accuracy"] for n in last if n["rate"] == rate}
             made.append(
                 {"method": run.method, "name": f"{name(run.method)}, {shots} shots", "seed": run.seed,
                  "points": sorted(by_step.items())}
@@ -185,19 +190,28 @@ def _lines(run: Run) -> list[Record]:
 
 
 def cells(found: Sequence[Record]) -> list[Record]:
-    """A record a method and number of shots: what the plots against shots take."""
+    """A record a method and number of shots, the mean over datasets: what the plot against shots takes."""
     return [
         {"method": row["method"], "name": row["name"], "shots": shots, "mean": made["mean"], "spread": made["spread"]}
         for row in table.rows(found)
-        for (_, shots), made in row["cells"].items()
+        for shots, made in _by_shots(row).items()
     ]
 
 
+def _by_shots(row: Record) -> dict[int, Record]:
+    """A method's cell for each number of shots: of the only dataset, or the average where that is known."""
+    several = len({name for name, _ in row["cells"]}) > 1
+    return {shots: made for (name, shots), made in row["cells"].items() if not several or name == table.AVERAGE}
+
+
 def points(found: Sequence[Record]) -> list[Record]:
-    """A record a method at its most shots: what the plot against parameters takes."""
+    """A record a method at its most shots, the mean over datasets: what the plot against parameters takes."""
     made = []
     for row in table.rows(found):
-        cell = row["cells"][max(row["cells"], key=lambda key: key[1])]
+        by_shots = _by_shots(row)
+        if not by_shots:
+            continue
+        cell = by_shots[max(by_shots)]
         made.append(
             {"method": row["method"], "name": row["name"], "parameters": row["trainable_parameters"], "mean": cell["mean"],
              "spread": cell["spread"]}
@@ -206,14 +220,23 @@ def points(found: Sequence[Record]) -> list[Record]:
 
 
 def run_choices(found: Sequence[Record]) -> list[tuple[str, str]]:
+    several = len({r["dataset"] for r in found}) > 1
     ordered = sorted(found, key=lambda r: -r["accuracy"])
     return [
         (
-            f"{r['name']}, {r['shots']} shots, seed {r['seed']}: {r['accuracy']:.1%}",
-            f"{r['method']} {r['seed']} {r['shots']}",
+            f"{r['name']}, {_dataset(r) if several else ''}{r['shots']} shots, seed {r['seed']}: {r['accuracy']:.1%}",
+            _id(r),
         )
         for r in ordered
     ]
+
+
+def _id(r: Record) -> str:
+    return f"{r['method']} {r['seed']} {r['shots']} {r['dataset']}"
+
+
+def _dataset(r: Record) -> str:
+    return f"{datasets.resolve(r['dataset'], local=False).name}, "
 
 
 def one_run(store: Store, owner: str, cid: str | None, picked: str | None) -> list[Any]:
@@ -221,9 +244,10 @@ def one_run(store: Store, owner: str, cid: str | None, picked: str | None) -> li
     if not cid or not picked:
         return ["", PLOTS["fewshot-confusion"].draw([]), ""]
     found = store.comparison(owner, cid)
-    names = found.spec["classes"] or html._listing(found.spec["dataset"]).classes
     for record in records(found):
-        if f"{record['method']} {record['seed']} {record['shots']}" == picked:
+        if _id(record) == picked:
+            own = found.spec["classes"] if record["dataset"] == found.spec["dataset"] else None
+            names = own or html._listing(record["dataset"]).classes
             matrix = PLOTS["fewshot-confusion"].draw([{"classes": names, "confusion": record["confusion"]}])
             return [html.per_class(record, names), matrix, html.wrong(record, names)]
     return ["", PLOTS["fewshot-confusion"].draw([]), ""]
@@ -240,8 +264,9 @@ def act(store: Store, owner: str, verb: Any, id: str) -> None:
         raise LabError("There is no such action.")
 
 
-def try_picture(store: Store, owner: str, cid: str | None, path: str | None) -> str:
-    """The five likeliest classes of this picture by every finished method. Raises LabError."""
+def try_picture(store: Store, owner: str, cid: str | None, path: str | None, picked: str | None = None) -> str:
+    """The five likeliest classes of this picture by every finished method, of the dataset of the picked run (or the
+    comparison's first). Raises LabError."""
     from lab.uploads import decode
 
     if not path:
@@ -257,5 +282,11 @@ def try_picture(store: Store, owner: str, cid: str | None, path: str | None) -> 
     image = decode(path)
     from lab.clip.serve import top
 
-    asked = [{"method": r.method, "seed": r.seed, "knobs": r.knobs, "folder": r.folder} for r in done.values()]
-    return html.answers(top(found.spec, asked, max(found.spec["shots"]), image))
+    wanted = str(picked or "").partition(" ")[2].partition(" ")[2].partition(" ")[2]
+    number = next((i for i, (own, _) in enumerate(parts(found.spec, store.home)) if own["dataset"] == wanted), 0)
+    asked = [
+        {"method": r.method, "seed": r.seed, "knobs": r.knobs, "folder": parts(found.spec, r.folder)[number][1]}
+        for r in done.values()
+    ]
+    spec = parts(found.spec, store.home)[number][0]
+    return html.answers(top(spec, asked, max(spec["shots"]), image))

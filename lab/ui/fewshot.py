@@ -31,7 +31,7 @@ FOLDER = (
 )
 TICKED = ["zero-shot", "linear", "tip-adapter-f", "clip-lora", "lora", "nora"]
 NAMES = (
-    "dataset", "classes", "template", "shots", "seeds", "methods", "adapters", "base", "preset", "encoder", "targets",
+    "dataset", "also", "classes", "template", "shots", "seeds", "methods", "adapters", "base", "preset", "encoder", "targets",
     "steps",
 )  # fmt: skip
 
@@ -64,6 +64,14 @@ def _form() -> Form:
             made["dataset"] = gr.Dropdown(here, value=EMBEDDED, label="Dataset", elem_id="fs-dataset")
             upload = gr.File(label="Your own: a zip", file_types=[".zip"], height=120, elem_id="fs-upload")
             gr.HTML(FOLDER, js_on_load=static("fewshot.js"), apply_default_css=False)
+            made["also"] = gr.Dropdown(
+                here,
+                value=[],
+                multiselect=True,
+                label="More datasets",
+                info="A column of the table for each, and their average.",
+                elem_id="fs-also",
+            )
             skip = gr.Checkbox(False, label="Leave out pictures that cannot be read")
             with gr.Accordion("Class names and template", open=False):
                 made["classes"] = gr.Textbox(
@@ -110,7 +118,12 @@ def _protocol() -> dict[str, Any]:
         made["shots"] = gr.CheckboxGroup([(str(k), k) for k in fewshot.SHOTS], value=[4, 16], label="Shots a class")
         made["seeds"] = gr.Textbox("1, 2, 3", label="Seeds", info="Each method runs once per seed.", max_length=200)
         made["base"] = gr.Dropdown(
-            [(b.name, b.id) for b in bases.rows()], value="tiny-clip", label="Model", elem_id="fs-base"
+            [(b.name, b.id) for b in bases.rows()],
+            value="tiny-clip",
+            label="Model",
+            info="Or any open_clip NAME:TAG, or timm:NAME.",
+            allow_custom_value=True,
+            elem_id="fs-base",
         )
     with gr.Row():
         made["preset"] = gr.Dropdown(
@@ -130,16 +143,17 @@ def _wire(page: Page, form: Form, results: Results) -> None:
     store, controls = page.store, list(form.controls.values())
     of = form.controls
 
-    def uploaded(request: gr.Request, path: str | None, skip: bool) -> tuple[Any, Any, Any, Any, str]:
+    def uploaded(request: gr.Request, path: str | None, skip: bool) -> tuple[Any, ...]:
         owner_of(request)  # strangers without the page's cookie store nothing
+        same = [gr.skip()] * 5
         if not path:
-            return gr.skip(), gr.skip(), gr.skip(), gr.skip(), ""
+            return *same, ""
         try:
             name = _upload.take(Path(path), skip_damaged=skip)
         except LabError as problem:
-            return gr.skip(), gr.skip(), gr.skip(), gr.skip(), error(str(problem))
-        here = [(d.name, d.id) for d in DATASETS if d.is_here()]
-        return gr.Dropdown([*here, ("Your pictures", name)], value=name), *_shown(name), ""
+            return *same, error(str(problem))
+        choices = [*((d.name, d.id) for d in DATASETS if d.is_here()), ("Your pictures", name)]
+        return gr.Dropdown(choices, value=name), gr.Dropdown(choices), *_shown(name), ""
 
     def chosen(name: str) -> tuple[str, str, str]:
         return _shown(name)
@@ -156,7 +170,7 @@ def _wire(page: Page, form: Form, results: Results) -> None:
     form.upload.change(
         sentences(uploaded),
         [form.upload, form.skip],
-        [of["dataset"], *look, form.notice],
+        [of["dataset"], of["also"], *look, form.notice],
         api_visibility="private",
         show_progress_on=form.upload,
     )
@@ -195,6 +209,7 @@ def to_spec(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "base": bases.resolve(str(values["base"]), local=False).id,
         "dataset": dataset.id,
+        "also": [datasets.resolve(str(id), local=False).id for id in values["also"] or []],
         "classes": names if names and names != class_names(dataset.id) else None,
         "template": str(values["template"] or "") or None,
         "shots": sorted(int(k) for k in values["shots"] or []),
