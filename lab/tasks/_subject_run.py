@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from lab import device as devices
-from lab import metrics, preflight, svd
+from lab import hub, metrics, preflight, svd
 from lab.bases import resolve
 from lab.diffusion import embed, encode_pictures, encode_prompts, training_schedule
 from lab.errors import LabError
@@ -66,16 +66,24 @@ class Run:
         """`folder` is the run's own, `shared` the comparison's."""
         self.spec, self.planned, self.folder, self.shared, self.tell = spec, planned, folder, shared, report
         self.pictures, self.prompts = pictures, prompts(spec, planned.method)
+        self.step = 0  # how far training is, for reports of what comes before and after it
         self.base = resolve(spec["base"])
         self.device = devices.pick()
-        self.pipe = self.base.load(self.device, devices.held_in(self.device, spec["weights"]))
+        self.pipe = self.base.load(self.device, devices.held_in(self.device, spec["weights"]), self._fetching)
         self.resolution = spec["resolution"] or self.pipe.default_sample_size * self.pipe.vae_scale_factor
         self.known = encode_prompts(self.pipe, [*self.prompts, *spec["unrelated_prompts"]])
         self.text_adapted = False  # whether the encoders carry an adapter now: embeddings then change with it
-        self.step = 0  # how far training is, for reports of what comes before and after it
 
     def report(self, phase: str, **values: Any) -> None:
         self.tell(self.step, self.spec["steps"], phase=phase, **values)
+
+    def _fetching(self, done: int, total: int) -> None:
+        """How far the base's download is, in megabytes; in words alone where the run counts training steps."""
+        phase = hub.phase(self.base.name, done, total)
+        if self.planned.method == "base":
+            self.tell(done // 10**6, max(1, total // 10**6), phase=phase)
+        else:
+            self.report(phase)
 
     def train_and_score(self) -> dict[str, Any]:
         """Train, save the adapter, draw and score. The base, which other runs share, is left as it was."""
