@@ -74,6 +74,14 @@ class Base:
         """What an adapter's file says it was trained on: the Hub id, or the folder's or file's name without its path."""
         return self.source if hub.is_id(self.source) else Path(self.source).stem
 
+    @property
+    def here(self) -> bool:
+        """Whether its weights are on this machine; of a model on the Hub, as far as its UNet tells."""
+        if self.family != "sdxl" or Path(self.source).exists():
+            return Path(self.source).exists()
+        found = hub.snapshot(self.source) if hub.is_id(self.source) else None
+        return found is not None and any(found.glob("unet/*.safetensors"))
+
     def preset(self, task: str) -> dict[str, Any]:
         return self.presets.get(task, {})
 
@@ -99,7 +107,7 @@ def _config(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise LabError(
-            f"{path.parent.parent} is not a whole diffusers folder: {path.parent.name}/{path.name} "
+            f"'{path.parent.parent.name}' is not a whole diffusers folder: {path.parent.name}/{path.name} "
             "is missing or unreadable."
         ) from error
 
@@ -151,9 +159,14 @@ def pick(name: str) -> Base:
     rows = {row.id: row for row in offered()}
     if name in rows:
         return rows[name]
-    if os.environ.get("LAB_HUB_BASES") == "1" and hub.is_id(name) and not Path(name).exists():
+    if hub_allowed() and hub.is_id(name) and not Path(name).exists():
         return resolve(name)
     raise unknown("base model", name[:60], list(rows))
+
+
+def hub_allowed() -> bool:
+    """Whether the page's visitors may name any model on the Hub (LAB_HUB_BASES=1)."""
+    return os.environ.get("LAB_HUB_BASES", "").strip() == "1"
 
 
 def offered() -> list[Base]:
@@ -195,4 +208,4 @@ def _raise(name: str, known: list[str]) -> NoReturn:
     raise unknown("base model", name, known)
 
 
-__all__ = ["ASSETS", "BASES", "Base", "local", "offered", "pick", "register", "resolve"]
+__all__ = ["ASSETS", "BASES", "Base", "hub_allowed", "local", "offered", "pick", "register", "resolve"]

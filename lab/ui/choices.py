@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from typing import Any
 
-from lab.bases import BASES, Base
+from lab.bases import Base, pick
 from lab.errors import LabError
 from lab.methods import METHODS, Method
 from lab.plots import colour
@@ -105,7 +105,7 @@ def count(base: Base, targets: str, method: Method, settings: Any, text_encoder:
 def counts(base_id: str, targets: str, value: Any, text_encoder: bool = False) -> dict[str, dict[str, Any]]:
     """`count` of every method by id, with the settings of the moment."""
     given = value.get("knobs") if isinstance(value, dict) and isinstance(value.get("knobs"), dict) else {}
-    base = BASES[base_id]
+    base = pick(base_id)
     found = {}
     for method in METHODS:
         try:

@@ -6,9 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-from lab.bases import BASES
+from lab.bases import hub_allowed, offered, pick
 from lab.errors import LabError
-from lab.registry import unknown
 from lab.tasks import TASKS
 
 DEFAULT_BASE = "tiny-sdxl"
@@ -69,7 +68,9 @@ def shown(base: str) -> dict[str, Any]:
 def build() -> dict[str, Any]:
     """The controls, in an accordion, by name."""
     first = shown(DEFAULT_BASE)
-    bases = [(base.name, base.id) for base in BASES if base.family == "sdxl"]
+    bases = [(base.name, base.id) for base in offered()]
+    any_base = hub_allowed()
+    info = "Shared by every method." + (" Or any SDXL of the Hub, as owner/name." if any_base else "")
     made: dict[str, Any] = {}
 
     def number(name: str, label: str, info: str, whole: bool = True) -> None:
@@ -77,7 +78,9 @@ def build() -> dict[str, Any]:
 
     with gr.Accordion("Training, prompts and seeds", open=False, elem_id="advanced"):
         with gr.Row():
-            made["base"] = gr.Dropdown(bases, value=first["base"], label="Base model", info="Shared by every method.")
+            made["base"] = gr.Dropdown(
+                bases, value=first["base"], label="Base model", info=info, allow_custom_value=any_base
+            )
             made["targets"] = gr.Dropdown(
                 TARGETS, value=first["targets"], label="Layers to adapt", info="The same for every method."
             )
@@ -129,9 +132,7 @@ def build() -> dict[str, Any]:
 
 def spec(values: dict[str, Any]) -> dict[str, Any]:
     """The part of a spec that these controls hold; what was left empty is left to the task. Raises LabError."""
-    base = values["base"]
-    if base not in BASES:  # a folder or Hub id is for the command line: a visitor must not make the lab load one
-        raise unknown("base model", str(base)[:60], BASES.ids())
+    base = pick(str(values["base"] or "").strip()).id  # a visitor's path is never opened
     prompts = [line.strip() for line in str(values["prompts"] or "").splitlines() if line.strip()]
     found = {
         "base": base,

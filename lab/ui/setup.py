@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from lab.bases import BASES
+from lab.bases import BASES, Base, resolve
 from lab.errors import LabError
 from lab.methods import METHODS
 from lab.plots import colour
@@ -188,7 +188,7 @@ def summarise(values: dict[str, Any]) -> str:
         return _panel([], "", f"<li>{e(problem)}</li>")
     runs = len(spec["methods"]) * len(spec["seeds"])
     facts = [
-        ("Base", BASES[spec["base"]].name),
+        ("Base", base_words(resolve(spec["base"]))),
         ("Pictures", f"{len(pictures)}"),
         (
             "Runs",
@@ -201,8 +201,15 @@ def summarise(values: dict[str, Any]) -> str:
     return _panel(facts, _bars(spec), "")
 
 
+def base_words(base: Base) -> str:
+    """The base's name, and what has to be downloaded before the first run on it."""
+    if base.here:
+        return base.name
+    return f"{base.name}, {base.megabytes / 1000:.1f} GB to download" if base.megabytes else f"{base.name}, to download"
+
+
 def _bars(spec: dict[str, Any]) -> str:
-    base = BASES[spec["base"]]
+    base = resolve(spec["base"])
     counts = {
         id: choices.count(base, spec["targets"], METHODS[id], METHODS[id].knobs.parse(knobs), spec["text_encoder"])
         for id, knobs in spec["methods"].items()

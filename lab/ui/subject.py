@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from lab.bases import BASES
+from lab.bases import pick
 from lab.errors import LabError
 from lab.jobs import ensure_worker
 from lab.runs import Store
@@ -50,9 +50,8 @@ def _wire_setup(page: Page, form: setup.Setup) -> None:
         return kept, word, ""
 
     def rebased(base: str) -> list[Any]:
-        if base not in BASES:
-            raise LabError("There is no such base model here.")
-        return [*settings.shown(base).values(), gr.HTML(rows=choices.rows(BASES[base]))]
+        row = pick(str(base or "").strip())
+        return [*settings.shown(row.id).values(), gr.HTML(rows=choices.rows(row))]
 
     def restored(request: gr.Request) -> list[Any]:
         draft = Drafts(store.home, owner_of(request)).load()
