@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -170,10 +170,10 @@ def bases(
     """
 
     def one(weight: torch.Tensor | Callable[[], torch.Tensor], r: int) -> Basis:
-        return basis(weight() if callable(weight) else weight, r, **options)
+        return basis(_made(weight), r, **options)
 
     threads = torch.get_num_threads()
-    if threads == 1 or not weights or _on_accelerator(weights[0]):
+    if threads == 1 or not weights or _made(weights[0]).device.type != "cpu":
         return _counted(map(one, weights, ranks), len(ranks))
     torch.set_num_threads(1)
     try:
@@ -187,8 +187,8 @@ def bases(
         torch.set_num_threads(threads)
 
 
-def _on_accelerator(weight: Any) -> bool:
-    return (weight() if not isinstance(weight, torch.Tensor) else weight).device.type != "cpu"
+def _made(weight: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:
+    return weight if isinstance(weight, torch.Tensor) else weight()
 
 
 _tell: Callable[[int, int], None] | None = None

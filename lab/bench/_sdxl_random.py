@@ -64,11 +64,13 @@ def build(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     torch.manual_seed(0)
     known = configurations()
     words = {"bos_token_id": 0, "eos_token_id": _end_of_text(), "pad_token_id": 1}
+    first: Any = known["sdxl-te1"] | words
+    second: Any = known["sdxl-te2"] | words
     parts: dict[str, Any] = {
         "unet": lambda: UNet2DConditionModel.from_config(known["sdxl-unet"]),
         "vae": lambda: AutoencoderKL.from_config(VAE),
-        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**known["sdxl-te1"] | words)),
-        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**known["sdxl-te2"] | words)),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**first)),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**second)),
     }
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # made in it at once: in fp32 the UNet alone would take 10 GB
@@ -79,7 +81,8 @@ def build(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
             del made
     finally:
         torch.set_default_dtype(before)
-    EulerDiscreteScheduler.from_config(SCHEDULER).save_pretrained(folder / "scheduler")
+    scheduler: Any = EulerDiscreteScheduler.from_config(SCHEDULER)
+    scheduler.save_pretrained(folder / "scheduler")
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(ASSETS / "tiny-sdxl" / name, folder / name, dirs_exist_ok=True)
         config = folder / name / "tokenizer_config.json"
