@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import LabError
-from lab.kohya import kohya_name
+from lab.kohya import in_text_model, kohya_name
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ TRUNCATED_RANK = 32  # of updates that are not of low rank
 class Factors:
     """ΔW ≈ B·A of every layer: B (m, R), A (R, n) float32, kernels' shapes, and ‖error‖/‖ΔW‖ over all layers."""
 
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]  # by the layers' names in the adapter, see `part_of`
     kernels: dict[str, tuple[int, int]]
     rank: int
     relative_error: float
@@ -71,7 +71,7 @@ def export(
     import torch
 
     with torch.no_grad():
-        model = _loaded(row, folder)
+        model = _loaded(row, folder, settings)
         try:
             if to == "merged":
                 return {"files": _merged(model, out), "relative_error": 0.0}
@@ -89,30 +89,28 @@ def factorise(model: Any, rank: int | None = None, half: bool = False) -> Factor
     from lab.methods.deltas import deltas
 
     name = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
-    pairs, kernels, dense = {}, {}, {}
-    for layer, delta in deltas(model, name).items():
+    pairs, kernels, wrong, total = {}, {}, 0.0, 0.0
+    for layer, delta in deltas(model, name).items():  # one dense update at a time: SDXL's together are gigabytes
         full = delta.dense().float()
         if full.dim() == 4:
             kernels[layer] = (full.shape[2], full.shape[3])
-        dense[layer] = full.flatten(1)
+        full = full.flatten(1)
         found = delta.factors()
-        pairs[layer] = found if found is not None else _truncated(dense[layer], rank or TRUNCATED_RANK)
-    if not any(bool(d.any()) for d in dense.values()):
+        B, A = found if found is not None else _truncated(full, rank or TRUNCATED_RANK)
+        pairs[layer] = (B.half(), A.half()) if half else (B.float(), A.float())
+        B, A = pairs[layer]
+        wrong += float((B.double() @ A.double() - full.double()).square().sum())
+        total += float(full.double().square().sum())
+    if not total:
         raise LabError(
             "This adapter changes no weight (it is untrained, or trains biases only): there is nothing to export."
         )
     widest = max(A.shape[0] for _, A in pairs.values())
     pad = torch.nn.functional.pad
     pairs = {
-        layer: (pad(B.float(), (0, widest - B.shape[1])), pad(A.float(), (0, 0, 0, widest - A.shape[0])))
+        layer: (pad(B, (0, widest - B.shape[1])), pad(A, (0, 0, 0, widest - A.shape[0])))
         for layer, (B, A) in pairs.items()
     }
-    if half:
-        pairs = {layer: (B.half(), A.half()) for layer, (B, A) in pairs.items()}
-    wrong = sum(
-        float((pairs[n][0].double() @ pairs[n][1].double() - d.double()).square().sum()) for n, d in dense.items()
-    )
-    total = sum(float(d.double().square().sum()) for d in dense.values())
     return Factors(pairs, kernels, widest, (wrong / total) ** 0.5)
 
 
@@ -143,15 +141,30 @@ def _base_of(folder: Path, settings: dict[str, Any], given: str | None) -> Base:
     return resolve(name)
 
 
-def _loaded(row: Base, folder: Path) -> Any:
+def _loaded(row: Base, folder: Path, settings: dict[str, Any]) -> Any:
     """The base's network with the adapter on it, in float32 on the CPU, so that exports do not depend on the machine."""
     import torch
 
+    from lab import networks
     from lab.methods import adapters
 
     whole = row.load("cpu", torch.float32)
-    network = whole.unet if row.family == "sdxl" else whole.model
+    network = networks.network(whole, networks.adapts_text(settings)) if row.family == "sdxl" else whole.model
     return adapters.load(network, folder).eval()
+
+
+def part_of(layer: str) -> tuple[str, str]:
+    """("text_encoder", "encoder.layers.0…") of an adapter's layer: an adapter of the UNet alone names no part."""
+    part, _, inner = layer.partition(".")
+    return (part, inner) if part in ("unet", "text_encoder", "text_encoder_2") else ("unet", layer)
+
+
+def _by_part(factors: Factors) -> dict[str, list[str]]:
+    """The names of each part's layers."""
+    parts: dict[str, list[str]] = {}
+    for layer in factors.pairs:
+        parts.setdefault(part_of(layer)[0], []).append(layer)
+    return parts
 
 
 def _trigger(folder: Path) -> dict[str, str]:
@@ -179,13 +192,13 @@ def _kernel_shaped(factors: Factors, layer: str) -> tuple[torch.Tensor, torch.Te
     return A.reshape(A.shape[0], -1, kh, kw).contiguous(), B[:, :, None, None].contiguous()
 
 
-def _lora_config(factors: Factors, base: str | None = None) -> Any:
+def _lora_config(factors: Factors, layers: list[str], base: str | None = None) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
         r=factors.rank,
         lora_alpha=factors.rank,
-        target_modules=sorted(factors.pairs),
+        target_modules=sorted(layers),
         base_model_name_or_path=base,
         inference_mode=True,
     )
@@ -200,13 +213,24 @@ def _plain(config: Any) -> dict[str, Any]:
 def _write_diffusers(factors: Factors, out: Path, row: Base, folder: Path) -> list[str]:
     from safetensors.torch import save_file
 
-    tensors = {}
-    for layer in factors.pairs:
-        tensors[f"unet.{layer}.lora_A.weight"], tensors[f"unet.{layer}.lora_B.weight"] = _kernel_shaped(factors, layer)
-    metadata = {f"unet.{k}": v for k, v in _plain(_lora_config(factors)).items()}
+    tensors, metadata = {}, {}
+    for part, layers in _by_part(factors).items():
+        names = {layer: _inner(layer) for layer in layers}
+        for layer, name in names.items():
+            key = f"{part}.{name}"
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = _kernel_shaped(factors, layer)
+        # PEFT finds layers by how their names end: so these fit either transformers' naming of text encoders.
+        ends = [name.removeprefix("text_model.") for name in names.values()]
+        metadata |= {f"{part}.{k}": v for k, v in _plain(_lora_config(factors, ends)).items()}
     path = _file(out, "pytorch_lora_weights.safetensors")
     save_file(tensors, path, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)})
     return [str(path)]
+
+
+def _inner(layer: str) -> str:
+    """A layer's name in its part, as files have it."""
+    part, inner = part_of(layer)
+    return inner if part == "unet" else in_text_model(inner)
 
 
 def _write_kohya(factors: Factors, out: Path, row: Base, folder: Path) -> list[str]:
@@ -246,18 +270,24 @@ def _write_kohya(factors: Factors, out: Path, row: Base, folder: Path) -> list[s
 
 
 def _write_peft(factors: Factors, out: Path, row: Base, folder: Path) -> list[str]:
-    """The update as a plain LoRA folder, which PEFT reads without the lab."""
+    """The update as a plain LoRA folder, which PEFT reads without the lab; one for each part where it is more than the
+    UNet's (`unet`, `text_encoder`, `text_encoder_2`)."""
     from safetensors.torch import save_file
 
-    out.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for layer in factors.pairs:
-        key = f"base_model.model.{layer}"
-        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = _kernel_shaped(factors, layer)
-    weights, config = out / "adapter_model.safetensors", out / "adapter_config.json"
-    save_file(tensors, weights, {"format": "pt"})
-    config.write_text(json.dumps(_plain(_lora_config(factors, row.id)), indent=2, sort_keys=True))
-    return [str(weights), str(config)]
+    files, parts = [], _by_part(factors)
+    for part, layers in parts.items():
+        target = out / part if len(parts) > 1 else out
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for layer in layers:
+            key = f"base_model.model.{part_of(layer)[1]}"
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = _kernel_shaped(factors, layer)
+        weights, config = target / "adapter_model.safetensors", target / "adapter_config.json"
+        save_file(tensors, weights, {"format": "pt"})
+        names = [part_of(layer)[1] for layer in layers]
+        config.write_text(json.dumps(_plain(_lora_config(factors, names, row.id)), indent=2, sort_keys=True))
+        files += [str(weights), str(config)]
+    return files
 
 
 def _copied(folder: Path, out: Path) -> list[str]:
@@ -272,19 +302,27 @@ def _copied(folder: Path, out: Path) -> list[str]:
 
 
 def _merged(model: Any, out: Path) -> list[str]:
-    """The base's network with the update added to its weights, in its own folder layout."""
-    model.merge_adapter(safe_merge=True)
-    inner, out = model.base_model.model, Path(out)
-    state = {n.replace(".base_layer.", "."): v for n, v in inner.state_dict().items()}
-    prefix = model.base_model.prefix
-    state = {n: v.contiguous() for n, v in state.items() if not any(part.startswith(prefix) for part in n.split("."))}
+    """The base's network with the update added to its weights, in its own folder layout; text encoders that the adapter
+    changes beside it, each part in a folder of its own."""
     from safetensors.torch import save_file
 
-    path = _file(out, "diffusion_pytorch_model.safetensors")
-    save_file(state, path, {"format": "pt"})
-    files = [str(path)]
-    if hasattr(inner, "save_config") and path.parent == out:
-        inner.save_config(out)
-        files.append(str(out / "config.json"))
+    from lab.networks import ENCODERS, Networks
+
+    model.merge_adapter(safe_merge=True)
+    inner, prefix, files = model.base_model.model, model.base_model.prefix, []
+    whole = isinstance(inner, Networks)
+    for part, network in [(p, getattr(inner, p)) for p in ("unet", *ENCODERS)] if whole else [("", inner)]:
+        state = {n.replace(".base_layer.", "."): v for n, v in network.state_dict().items()}
+        state = {n: v.contiguous() for n, v in state.items() if not any(w.startswith(prefix) for w in n.split("."))}
+        default = "model.safetensors" if part in ENCODERS else "diffusion_pytorch_model.safetensors"
+        path = _file(out / part if whole else out, default)
+        save_file(state, path, {"format": "pt"})
+        files.append(str(path))
+        if path.name == default and hasattr(network, "save_config"):
+            network.save_config(path.parent)
+        elif part in ENCODERS:
+            network.config.save_pretrained(path.parent)
+        if (path.parent / "config.json").is_file() and path.name == default:
+            files.append(str(path.parent / "config.json"))
     model.unmerge_adapter()
     return files

@@ -1,7 +1,9 @@
-"""Names of an SDXL UNet's layers in kohya's LoRA files, which follow the original (sgm) model's modules.
+"""Names of an SDXL pipeline's layers in kohya's LoRA files: the UNet's follow the original (sgm) model's modules, the
+text encoders' those of transformers.
 
-The map is the inverse of diffusers' `_maybe_map_sgm_blocks_to_diffusers` and of sd-scripts'
-`sdxl_model_util.make_unet_conversion_map`; L is the UNet's `layers_per_block` (2 in SDXL).
+The UNet's map is the inverse of diffusers' `_maybe_map_sgm_blocks_to_diffusers` and of sd-scripts'
+`sdxl_model_util.make_unet_conversion_map`; L is the UNet's `layers_per_block` (2 in SDXL). `lab.adapter_files` reads
+these names.
 """
 
 from __future__ import annotations
@@ -53,5 +55,16 @@ def _inside(part: str, rest: str) -> str:
 
 
 def kohya_name(layer: str, layers_a_block: int = 2) -> str:
-    """`lora_unet_…`: the original name with underscores."""
-    return "lora_unet_" + sgm_name(layer, layers_a_block).replace(".", "_")
+    """The layer's name in the file: `lora_unet_…`, the original name with underscores, or `lora_te1_…`, `lora_te2_…`.
+
+    layer: the UNet's, bare or after `unet.`, or a text encoder's after `text_encoder.` or `text_encoder_2.`
+    """
+    for part, start in (("text_encoder_2.", "lora_te2_"), ("text_encoder.", "lora_te1_")):
+        if layer.startswith(part):
+            return start + in_text_model(layer.removeprefix(part)).replace(".", "_")
+    return "lora_unet_" + sgm_name(layer.removeprefix("unet."), layers_a_block).replace(".", "_")
+
+
+def in_text_model(layer: str) -> str:
+    """A text encoder's layer as every file names it: transformers 5.6 took the `text_model.` out of the first one's."""
+    return f"text_model.{layer}" if layer.startswith(("encoder.", "embeddings.", "final_layer_norm")) else layer

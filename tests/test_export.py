@@ -14,7 +14,6 @@ from lab import targets
 from lab.bases import BASES
 from lab.errors import LabError
 from lab.export import export, factorise
-from lab.kohya import kohya_name
 from lab.methods import METHODS, adapters
 
 PROMPT = "a fox in the snow"
@@ -94,6 +93,95 @@ def test_a_plain_pipeline_draws_the_same(pipe, saved, tmp_path, method, roles, t
     assert torch.equal(draw(pipe), plain)
 
 
+@pytest.fixture(scope="module")
+def with_text(pipe, tmp_path_factory):
+    """method id → (folder of a shaken adapter on the UNet and both text encoders, the picture it makes)."""
+    from lab.networks import network
+
+    made = {}
+
+    def make(method_id):
+        if method_id not in made:
+            method, whole = METHODS[method_id], network(pipe, text_encoders=True)
+            names = targets.modules(whole, "attn")[::5]
+            model = method.attach(whole, method.knobs.parse({}), names, seed=3)
+            noise = torch.Generator().manual_seed(1)
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.data.add_(torch.randn(p.shape, generator=noise) * (1.0 if p.dim() == 1 else 0.1))
+            for config in model.peft_config.values():
+                config.base_model_name_or_path = "tiny-sdxl"
+            folder = tmp_path_factory.mktemp(method_id) / "adapter"
+            model.save_pretrained(folder, save_embedding_layers=False)
+            picture = draw(pipe)
+            model.unload()
+            made[method_id] = (folder, picture)
+        return made[method_id]
+
+    return make
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+@pytest.mark.parametrize("method", ["lora", "nora"])
+def test_text_encoders_leave_with_the_unet(pipe, with_text, tmp_path, method, to):
+    folder, wanted = with_text(method)
+    result = export(folder, to, tmp_path)
+    assert result["relative_error"] < 1e-6
+    keys = list(load_file(result["files"][0]))
+    starts = ("unet.", "text_encoder.text_model.", "text_encoder_2.text_model.")
+    if to == "kohya":
+        starts = ("lora_unet_", "lora_te1_text_model_", "lora_te2_text_model_")
+    assert all(any(key.startswith(start) for key in keys) for start in starts)
+    assert all(key.startswith(starts) for key in keys)
+    plain = draw(pipe)
+    pipe.load_lora_weights(str(tmp_path), weight_name=result["files"][0].rpartition("/")[2])
+    try:
+        again = draw(pipe)
+        loaded = pipe.get_list_adapters()
+    finally:
+        pipe.unload_lora_weights()
+    assert set(loaded) == {"unet", "text_encoder", "text_encoder_2"}
+    assert (wanted - plain).abs().max() > 4 / 255, "the adapter changes nothing to compare"
+    assert (wanted - again).abs().max() <= 1 / 255
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_text_encoders_as_peft_folders(pipe, with_text, tmp_path):
+    from peft import PeftModel
+
+    folder, wanted = with_text("nora")
+    result = export(folder, "peft", tmp_path)
+    assert result["relative_error"] < 1e-6
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    models = [PeftModel.from_pretrained(getattr(pipe, part), str(tmp_path / part)) for part in parts]
+    again = draw(pipe)
+    for model in models:
+        model.unload()
+    assert (wanted - again).abs().max() <= 1 / 255
+
+
+def test_text_encoders_merged(pipe, with_text, tmp_path):
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    folder, wanted = with_text("nora")
+    export(folder, "merged", tmp_path)
+    kinds = {
+        "unet": UNet2DConditionModel,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
+    own = {part: getattr(pipe, part) for part in kinds}
+    for part, kind in kinds.items():
+        setattr(pipe, part, kind.from_pretrained(tmp_path / part).eval())
+    try:
+        again = draw(pipe)
+    finally:
+        for part, network in own.items():
+            setattr(pipe, part, network)
+    assert (wanted - again).abs().max() <= 1 / 255
+
+
 def test_peft_folder_needs_no_lab(pipe, saved, tmp_path):
     from peft import PeftModel
 
@@ -150,20 +238,6 @@ def test_metadata(saved, tmp_path):
 def test_half_precision_says_its_error(saved, tmp_path):
     folder, _ = saved("lora")
     assert 1e-5 < export(folder, "diffusers", tmp_path, half=True)["relative_error"] < 1e-3
-
-
-def test_kohya_names_of_sdxl():
-    name = "transformer_blocks.0.attn1.to_k"
-    assert (
-        kohya_name(f"down_blocks.1.attentions.0.{name}") == "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k"
-    )
-    assert kohya_name(f"down_blocks.2.attentions.1.{name}").startswith("lora_unet_input_blocks_8_1_")
-    assert kohya_name(f"mid_block.attentions.0.{name}").startswith("lora_unet_middle_block_1_")
-    assert kohya_name(f"up_blocks.1.attentions.2.{name}").startswith("lora_unet_output_blocks_5_1_")
-    assert kohya_name("mid_block.resnets.1.conv2") == "lora_unet_middle_block_2_out_layers_3"
-    assert kohya_name("down_blocks.0.downsamplers.0.conv") == "lora_unet_input_blocks_3_0_op"
-    with pytest.raises(LabError, match=r"text\.q_proj"):
-        kohya_name("text.q_proj")
 
 
 def test_an_untrained_adapter_has_nothing_to_export():
