@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 ENCODERS = ("text_encoder", "text_encoder_2")
+OF_ENCODERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # layers' names in CLIP's text models
 
 
 class Networks(nn.Module):
@@ -34,10 +35,11 @@ def network(pipe: Any, text_encoders: bool = False) -> nn.Module:
 
 
 def adapts_text(settings: dict[str, Any]) -> bool:
-    """Whether a saved adapter's configuration names layers of text encoders."""
+    """Whether a saved adapter's configuration names layers of text encoders: PEFT shortens long lists of names to what
+    tells them apart, as `q_proj`, which a UNet has not."""
     named = settings.get("target_modules") or []
     names = [named] if isinstance(named, str) else named
-    return any(name.split(".")[0] in ENCODERS for name in names)
+    return any(name.split(".")[0] in ENCODERS or name.split(".")[-1] in OF_ENCODERS for name in names)
 
 
 def of_text(model: nn.Module) -> Iterator[nn.Parameter]:
