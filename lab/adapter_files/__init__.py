@@ -11,10 +11,11 @@ tensors are read when a layer is asked for, so memory holds one layer at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lab import base_weights
 from lab.adapter_files import _family, _header, _names, _settings
 from lab.adapter_files._family import FAMILIES, Family
 from lab.adapter_files._header import MAX_BYTES, name_of, refuse_pickle, short
@@ -177,6 +178,8 @@ def _from_file(
     shapes = {n: u.shape for n, u in updates.items()}
     base = _fitting(file.called, shapes, row, named)
     _decompose(file, layers, updates, base)
+    if base is not None:
+        _shape(updates, base_weights.weights(base).layers())
     kinds = [("dora" if u.dora else u.kind) for u in updates.values()]
     layouts = [_names.layout(stem) for stem in stems]
     return AdapterFile(
@@ -263,8 +266,6 @@ def _part(layer: str) -> str:
 
 def _fitting(called: str, shapes: dict[str, tuple[int, ...]], given: Base | None, named: Base | None) -> Base | None:
     """The base to use: the given one, which must fit, else the one that is named or guessed, if it is at hand and fits."""
-    from lab import base_weights
-
     if given is not None:
         _family.check(called, shapes, base_weights.weights(given).layers(), given)
         return given
@@ -291,15 +292,24 @@ def _decompose(
         def weight() -> torch.Tensor:
             if base is None:
                 raise LabError(f"{file.called} is a DoRA, whose update depends on the base's weights: choose its base.")
-            from lab.base_weights import weights
-
-            return weights(base).get(name)
+            return base_weights.weights(base).get(name)
 
         return weight
 
     for name, layer in layers.items():
         if "magnitude" in layer.keys or "dora_scale" in layer.keys:
             updates[name] = decomposed(layer, updates[name], reader(name))
+
+
+def _shape(updates: dict[str, Update], base: dict[str, tuple[int, ...]]) -> None:
+    """Give convolutions back the kernel that LoHa and LoKr files fold into their inputs."""
+
+    def shaped(made: Update, shape: tuple[int, ...]) -> Update:
+        return replace(made, shape=shape, dense=lambda: made.dense().reshape(shape))
+
+    for name, made in updates.items():
+        if made.shape != base[name]:
+            updates[name] = shaped(made, base[name])
 
 
 def _of_settings(settings: _settings.Settings | None) -> dict[str, str]:

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from lab import base_weights
 from lab.adapter_files import AdapterFile, _family, _header, _settings
 from lab.adapter_files._updates import Update
 from lab.bases import Base
@@ -20,12 +21,11 @@ if TYPE_CHECKING:
     import torch
 
 NO_WEIGHTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT",
-              "CARTRIDGE", "XLORA", "POLY", "TRAINABLE_TOKENS", "LN_TUNING")  # fmt: skip
+              "CARTRIDGE", "XLORA", "POLY", "TRAINABLE_TOKENS", "LN_TUNING", "BEFT")  # fmt: skip
 
 
 def read(folder: Path, row: Base | None, name: str, settings: _settings.Settings) -> AdapterFile:
     """A PEFT folder of any method, on the base `row`. Raises LabError when there is no base or it does not fit."""
-    from lab import base_weights
     from lab.methods import adapters
     from lab.methods.deltas import deltas
 
