@@ -17,7 +17,7 @@ from lab.clip.episode import Batch
 from lab.clip.fit import fit, learned, predict_examples, restore
 from lab.clip.method import Recipe
 from lab.clip.pictures import Examples
-from lab.clip.split import SplitAttention, split_attention
+from lab.clip.split import SplitAttention, attend, split_attention
 from lab.clip.towers import (
     class_weights,
     cosine_logits,
@@ -218,6 +218,19 @@ def test_adapters_in_one_encoder_leave_the_other_alone(encoder):
     method.loss(head, whole(method, episode)).backward()
     with pytest.raises(LabError, match="no layers called"):
         sites(nn.ModuleDict({"visual": nn.ModuleDict({"q_proj": nn.Linear(2, 2)})}), "q", "text")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_for_bf16_is_attention(masked):
+    """To bf16's precision; in fp32 it is torch's own, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 9, 16, generator=generator) for _ in range(3))
+    mask = torch.full((9, 9), float("-inf")).triu(1) if masked else None
+    expected = F.scaled_dot_product_attention(q, k, v, mask)
+    assert torch.equal(attend(q, k, v, mask, 0.0), expected)
+    short = attend(*(x.bfloat16() for x in (q, k, v)), mask if mask is None else mask.bfloat16(), 0.0)
+    assert short.dtype == torch.bfloat16
+    assert (short.float() - expected).abs().max() < 0.03
 
 
 # -- formulas, checked by hand ------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Learning rates of the few-shot task's short preset: validation accuracy by method and rate, test pictures unseen.
 
-    python -m lab bench fewshot_sweep --method lora --rates 3e-3,1e-2
+    python -m lab bench fewshot_sweep --method lora --rates 3e-3,1e-2 --shots 16
 
-Four shots of seed 101, which no reported table uses; validated on eight other training pictures a class.
+Shots of seed 101, which no reported table uses; validated on eight other training pictures a class.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import sys
 from typing import Any
 
 HELP = "few-shot learning rates, by validation pictures"
-SEED, SHOTS, VALIDATION = 101, 4, 8
+SEED, VALIDATION = 101, 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", action="append", required=True, metavar="ID")
     parser.add_argument("--rates", required=True, metavar="A,B", help="learning rates between commas")
+    parser.add_argument("--shots", type=int, default=4, metavar="N", help="training pictures a class")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps instead of the preset's")
     parser.add_argument("--base", default="tiny-clip", metavar="NAME")
 
 
@@ -34,15 +36,18 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     from lab.tasks.fewshot import recipe
 
     rates = [float(rate) for rate in args.rates.split(",")]
-    spec = TASKS["fewshot"].check({"methods": args.method, "base": args.base, "preset": "short", "shots": [SHOTS]})
+    shots = args.shots
+    spec = {"methods": args.method, "base": args.base, "preset": "short", "shots": [shots], "steps": args.steps}
+    spec = TASKS["fewshot"].check(spec)
     rows = []
     with mock.patch.object(protocol, "VALIDATION", VALIDATION):
         # Validation pictures are min(shots, VALIDATION) a class. The draw is shared: it is cut on a copy.
-        drawn = dataclasses.replace(_fewshot_run.episode(spec, SHOTS + VALIDATION, SEED))
+        draw = max(shots, VALIDATION)
+        drawn = dataclasses.replace(_fewshot_run.episode(spec, draw, SEED))
         labels = drawn.train.labels
-        keep = [i for i in range(len(labels)) if i % (SHOTS + VALIDATION) < SHOTS]
+        keep = [i for i in range(len(labels)) if i % draw < shots]
         drawn.train = dataclasses.replace(drawn.train, pixels=drawn.train.pixels[keep], labels=labels[keep])
-        drawn.shots = SHOTS
+        drawn.shots = shots
     for id in args.method:
         for rate in rates:
             method, plan = _fewshot_run.runner(id), dataclasses.replace(recipe(spec, id), rates=(rate,))

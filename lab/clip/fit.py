@@ -21,7 +21,7 @@ from lab.methods import Method
 from lab.tasks import Report
 from lab.train import Settings, train
 
-CHECKS, APART = 10, 8  # how often validation is asked during training, and the fewest steps in between
+CHECKS, APART = 10, 12  # how often validation is asked during training, and the fewest steps in between
 KEPT = "method:"
 NO_CLIP = 1e9  # a gradient norm that is never reached
 

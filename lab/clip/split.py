@@ -28,6 +28,21 @@ def _thirds(weight: torch.Tensor, bias: torch.Tensor | None) -> list[nn.Linear]:
     return [_linear(w, b) for w, b in zip(weight.chunk(3), biases, strict=True)]
 
 
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
+    """Attention over (b, heads, t, d), with an additive mask.
+
+    In bf16 on a processor it is written out: torch's fused kernel takes 2 to 5 times as long there, forward and backward
+    (measured on AVX512-BF16 for 65 and 197 tokens). In fp32 the fused one is as fast.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    scores = scores if mask is None else scores + mask
+    return F.dropout(scores.softmax(-1), dropout) @ v
+
+
 class SplitAttention(nn.Module):
     """`nn.MultiheadAttention` with separate projections. Call it the same way; attention weights are not returned."""
 
@@ -67,7 +82,7 @@ class SplitAttention(nn.Module):
         if padding is not None:
             padding = padding[:, None, None, :]
             mask = padding if mask is None else mask + padding
-        x = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
+        x = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         x = self.out_proj(x.transpose(1, 2).flatten(2))
         return (x if self.batch_first else x.transpose(0, 1)), None
 
@@ -100,7 +115,7 @@ class SplitOwnAttention(nn.Module):
         if mask is not None and mask.dim() == 3:
             mask = mask.unflatten(0, (-1, self.num_heads))
         dropout = self.attn_drop.p if self.training else 0.0
-        attended = F.scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, mask, dropout_p=dropout)
+        attended = attend(self.ln_q(q), self.ln_k(k), v, mask, dropout)
         if self.head_scale is not None:
             attended = attended * self.head_scale
         return self.out_drop(self.out_proj(self.ln_inner(attended.transpose(1, 2).flatten(2))))
@@ -138,6 +153,7 @@ def split_attention(model: nn.Module) -> int:
             timm = type(parent).__module__.startswith("timm.") and type(parent).__name__ == "Attention"
             if new is None and timm and name == "qkv" and isinstance(child, nn.Linear):
                 new = SplitLinear(child)
+                parent.fused_attn = parent.fused_attn and child.weight.device.type != "cpu"  # as in `attend`
             if new is not None:
                 setattr(parent, name, new.train(child.training))
                 count += 1
