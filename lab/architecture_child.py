@@ -11,11 +11,20 @@ import sys
 from typing import Any
 
 MEMORY_BYTES = 12 << 30
+_QKV = (
+    "Query, key and value are one fused layer. Asked for all three, it is counted whole, as PEFT adapts it; asked for "
+    "some of them, each is counted as a square layer of its own."
+)
+FUSED = {
+    ("qkv_proj", "query_key_value", "Wqkv", "attn.qkv", "c_attn"): _QKV,
+    "gate_up_proj": "The MLP's gate and up are one fused layer, counted whole as up, as PEFT adapts it.",
+}
 
 
 def main() -> None:
     os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""})
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.addaudithook(_alone)
     config = json.load(sys.stdin)
     out = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints is no answer
@@ -31,6 +40,12 @@ def main() -> None:
     os.write(out, (json.dumps(answer) + "\n").encode())
 
 
+def _alone(event: str, arguments: tuple[Any, ...]) -> None:
+    """Refuse connections: some configurations ask their library to fetch a backbone or a kernel."""
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.sendmsg"):
+        raise PermissionError("it asks for a download, and a configuration alone is read here")
+
+
 def _table(config: dict[str, Any]) -> dict[str, Any]:
     from lab import layer_tables
     from lab.errors import LabError
@@ -41,7 +56,8 @@ def _table(config: dict[str, Any]) -> dict[str, Any]:
     if not rows:
         raise LabError(f"{kind.__name__} has no layer whose role the lab can tell: paste a table of shapes.")
     head = {"parameters": layer_tables.parameters(model), "library": kind.__module__.split(".")[0]}
-    rest = {"source": kind.__name__, "note": "", "unit": {}, "memory": {}}
+    note = " ".join(text for end, text in FUSED.items() if any(row["name"].endswith(end) for row in rows))
+    rest = {"source": kind.__name__, "note": note, "unit": {}, "memory": {}}
     return {**head, **rest, "fields": layer_tables.FIELDS, "layers": layer_tables.pack(rows)}
 
 

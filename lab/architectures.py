@@ -90,7 +90,12 @@ class Architecture:
         """
         wanted = roles(targets)
         whole = {"q", "k", "v"} <= set(wanted)
+        if part and part not in self.parts:
+            has = f"it has {' and '.join(self.parts)}" if self.parts else "it has one tower alone, without a name"
+            raise LabError(f"{self.name} has no tower called '{part}': {has}.")
         low, high = blocks or (0, self.blocks - 1)
+        if high >= self.blocks:
+            raise LabError(f"{self.name} has blocks 0 to {self.blocks - 1}, got {low} to {high}.")
         found: list[Row] = []
         for row in self.rows:
             if not low <= row.block <= high or (part and row.part != part):
@@ -117,6 +122,11 @@ class Architecture:
 
 def _third(row: Row, role: str) -> Row:
     fused = row.layer
+    if fused.out != 3 * fused.in_:
+        raise LabError(
+            f"Query, key and value are one layer here ({fused.name}, {fused.out}×{fused.in_}) that is not three squares:"
+            " choose q, k and v together."
+        )
     layer = Layer(f"{fused.name}[{role}]", fused.out // 3, fused.in_, None, role, fused.bias)
     return Row(layer, row.part, row.block, row.tokens, row.grows, row.input, row.kept)
 
@@ -358,7 +368,9 @@ def resolve(name: str) -> Architecture:
         if path.suffix == ".json":
             return from_config(path.read_bytes(), path.name)
         return from_table(path.read_text(encoding="utf-8", errors="replace"), path.name)
-    if "/" in name and path.suffix != ".json":
+    if path.suffix in (".json", ".txt", ".csv", ".tsv"):
+        raise LabError(f"There is no file '{name}': give the path of a config.json or of a table of shapes.")
+    if "/" in name:
         return from_hub(name)
     return load(name)
 

@@ -160,17 +160,12 @@ def report(given: Any) -> dict[str, Any]:
 
 def _arch(state: dict[str, Any], picked: Picked) -> dict[str, Any]:
     arch = picked.arch
-    fused = {
-        "whole": "q, k and v are one fused layer here, adapted whole as PEFT does.",
-        "split": "q, k and v are one fused layer here; each chosen one is counted as a layer of its own.",
-        "": "",
-    }[arch.fused(state["targets"])]
     return {
         "id": arch.id,
         "name": arch.name,
         "parameters": picked.parameters,
         "source": arch.source,
-        "note": fused or (arch.note if "fused" not in arch.note else ""),
+        "note": _note(arch, state["targets"]),
         "targets": arch.targets,
         "blocks": arch.blocks,
         "parts": arch.parts,
@@ -180,6 +175,15 @@ def _arch(state: dict[str, Any], picked: Picked) -> dict[str, Any]:
         "memory": memory.known(arch),
         "unit": arch.unit,
     }
+
+
+def _note(arch: Architecture, targets: list[str]) -> str:
+    """What there is to say of the architecture: how its fused layers are counted, for these targets."""
+    counted = arch.fused(targets)
+    if any(row.layer.role == "qkv" for row in arch.rows) and not counted:
+        return ""  # the fused layers are not adapted
+    note = arch.note or ("Query, key and value are one fused layer." if counted else "")
+    return note + {"whole": " Here: whole.", "split": " Here: each as a square.", "": ""}[counted]
 
 
 def _row(method: Method, settings: dict[str, Any], state: dict[str, Any], picked: Picked) -> dict[str, Any]:

@@ -29,12 +29,39 @@ def build(config: dict[str, Any]) -> torch.nn.Module:
     make = _diffusers if "_class_name" in config else _open_clip if "model_cfg" in config else _transformers
     try:
         with torch.device("meta"):
-            return make(dict(config)).eval()
+            return make(plain(config)).eval()
     except LabError:
         raise
     except Exception as error:  # whatever a library raises on values that it did not expect
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise LabError(f"The configuration was read but no model could be built from it: {reason}") from error
+        raise LabError(f"No model could be built from this configuration: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What a library said, in one sentence of ours or the first of its own."""
+    said = " ".join(str(error).split())
+    if isinstance(error, PermissionError) or "offline" in said.lower():
+        return (
+            "it asks for other files to be fetched, and a configuration alone is read here; paste the layers' shapes."
+        )
+    if "Unrecognized configuration class" in said:
+        return "it is made of other models, which the lab does not put together; paste the layers' shapes."
+    first = said.split(". ")[0] or type(error).__name__
+    return first if len(first) <= 160 else first[:159] + "…"
+
+
+# What names somebody's code, kernels or weights, at any depth.
+_FOREIGN = {"auto_map", "trust_remote_code", "custom_pipelines", "quantization_config", "_name_or_path", "name_or_path"}
+_FOREIGN |= {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_pre_quantization_dtype"}
+
+
+def plain(config: Any) -> Any:
+    """The configuration without what its library would fetch or run for it."""
+    if isinstance(config, list):
+        return [plain(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    kept = {key: plain(value) for key, value in config.items() if key not in _FOREIGN}
+    return kept | {key: False for key in kept if key.startswith(("use_pretrained", "pretrained"))}
 
 
 def _diffusers(config: dict[str, Any]) -> torch.nn.Module:
@@ -44,7 +71,7 @@ def _diffusers(config: dict[str, Any]) -> torch.nn.Module:
     cls = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise LabError(f"'{name}' is not a model that diffusers {diffusers.__version__} knows.")
-    return cls.from_config({k: v for k, v in config.items() if k != "quantization_config"})
+    return cls.from_config(config)
 
 
 def _open_clip(config: dict[str, Any]) -> torch.nn.Module:
@@ -62,9 +89,11 @@ def _transformers(config: dict[str, Any]) -> torch.nn.Module:
 
     kind = str(config.get("model_type", ""))
     if kind not in CONFIG_MAPPING:
-        code = " Its own code (auto_map) is never run." if config.get("auto_map") else ""
-        raise LabError(f"transformers {transformers.__version__} knows no model type '{kind}'.{code}")
-    drop = ("model_type", "auto_map", "quantization_config", "torch_dtype", "dtype", "transformers_version")
+        raise LabError(
+            f"transformers {transformers.__version__} knows no model type '{kind}': code that a configuration names"
+            " (auto_map) is never run; paste the layers' shapes instead."
+        )
+    drop = ("model_type", "torch_dtype", "dtype", "transformers_version")
     parsed = CONFIG_MAPPING[kind].from_dict({k: v for k, v in config.items() if k not in drop})
     for name in config.get("architectures") or []:
         cls = getattr(transformers, str(name), None)

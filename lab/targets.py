@@ -14,14 +14,18 @@ if TYPE_CHECKING:
 
 # Suffixes of module names, as diffusers, transformers, open_clip (split) and timm write them.
 ROLES: dict[str, str] = {
-    "q": r"to_q|add_q_proj|q_proj|query|q_lin",
-    "k": r"to_k|add_k_proj|k_proj|key|k_lin",
-    "v": r"to_v|add_v_proj|v_proj|value|v_lin",
-    "qkv": r"attn\.qkv|attn\.c_attn",
-    "out": r"to_out\.0|to_add_out|out_proj|o_proj|attn\.proj|attn\.c_proj|attention\.output\.dense",
+    "q": r"to_q|add_q_proj|q_proj|query|query_proj|q_lin|\w*(?:[aA]ttention|attn)\.q",
+    "k": r"to_k|add_k_proj|k_proj|key|key_proj|k_lin|\w*(?:[aA]ttention|attn)\.k",
+    "v": r"to_v|add_v_proj|v_proj|value|value_proj|v_lin|\w*(?:[aA]ttention|attn)\.v",
+    "qkv": r"attn\.qkv|attn\.c_attn|qkv_proj|query_key_value|Wqkv",
+    "out": r"to_out\.0|to_add_out|out_proj|o_proj|out_lin|attn\.proj|attn\.c_proj|attention\.output\.dense"
+    r"|\w*(?:attention|attn)\.dense|\w*(?:[aA]ttention|attn)\.o",
     "gate": r"gate_proj",
-    "up": r"up_proj|ff\.net\.0\.proj|ff_context\.net\.0\.proj|mlp\.c_fc|mlp\.fc1|intermediate\.dense|proj_mlp",
-    "down": r"down_proj|ff\.net\.2|ff_context\.net\.2|mlp\.c_proj|mlp\.fc2|(?<!attention\.)output\.dense",
+    "up": r"up_proj|gate_up_proj|ff(?:n|_context)?\.net\.0\.proj|(?:img|txt)_mlp\.net\.0\.proj|mlp\.c_fc|mlp\.fc_in|fc1|ffn\.lin1"
+    r"|intermediate\.dense|intermediate_dense|dense_h_to_4h|proj_mlp|DenseReluDense\.wi(?:_[01])?|\d+\.ffn",
+    "down": r"down_proj|ff(?:n|_context)?\.net\.2|(?:img|txt)_mlp\.net\.2|mlp\.c_proj|mlp\.fc_out|fc2|ffn\.lin2"
+    r"|(?<!attention\.)output\.dense|output_dense|dense_4h_to_h|DenseReluDense\.wo|ffn_output"
+    r"|single_transformer_blocks\.\d+\.proj_out",  # FLUX: attention's output and the MLP's in one
     "conv": r"conv1|conv2|conv_shortcut|conv_in|conv_out|downsamplers\.\d+\.conv|upsamplers\.\d+\.conv",
 }
 GROUPS: dict[str, tuple[str, ...]] = {

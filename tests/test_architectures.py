@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from lab import architectures, layer_tables
+from lab import architectures, budget, layer_tables
 from lab.errors import LabError
+from lab.methods import METHODS
+from lab.targets import role_of
 
 PARAMETERS = {
     "sdxl-unet": 2_567_463_684,
@@ -100,8 +104,10 @@ def test_blocks_and_towers() -> None:
     assert all(r.layer.name.startswith("mid_block") for r in middle)
     with pytest.raises(LabError, match="no layer called gate"):
         unet.select("gate")
-    with pytest.raises(LabError, match="in blocks 40 to 50"):
+    with pytest.raises(LabError, match="has blocks 0 to 6, got 40 to 50"):
         unet.select("attn", blocks=(40, 50))
+    with pytest.raises(LabError, match="no tower called 'visual': it has text and vision"):
+        clip.select("q", part="visual")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +207,96 @@ def test_a_configuration_becomes_a_table_without_code_or_weights() -> None:
     assert {(r.layer.out, r.layer.in_) for r in arch.select("up")} == {(96, 64)}
 
 
+def test_lora_counts_that_others_have_printed() -> None:
+    """Trainable parameters as PEFT's and diffusers' examples, QLoRA, CLIP-LoRA and the LoRA paper report them."""
+    lora = METHODS["lora"]
+    for id, targets, r, printed in (
+        ("llama-7b", "q,v", 8, 4_194_304),
+        ("llama2-7b", "all", 64, 159_907_840),
+        ("llama2-13b", "all", 64, 250_347_520),
+        ("llama2-70b", "all", 64, 828_375_040),
+        ("llama3-8b", "all", 16, 41_943_040),
+        ("mistral-7b", "all", 16, 41_943_040),
+        ("qwen2.5-7b", "all", 16, 40_370_176),
+        ("gpt2", "q,k,v", 8, 294_912),
+        ("roberta-base", "q,v", 8, 294_912),
+        ("roberta-large", "q,v", 8, 786_432),
+        ("clip-vit-b16", "q,k,v", 2, 184_320),
+        ("sd15-unet", "attn", 4, 797_184),
+        ("sdxl-unet", "attn", 4, 5_806_080),
+    ):
+        layers = architectures.shapes(architectures.load(id).select(targets))
+        assert budget.count(lora, layers, lora.knobs.parse({"r": r})) == printed, id
+
+
+@pytest.mark.parametrize("id", architectures.ids())
+def test_target_names_are_the_same_everywhere(id: str) -> None:
+    arch = architectures.load(id)
+    single = {name: len(arch.select(name)) for name in arch.targets}
+    assert {"q", "k", "v", "out", "up", "down"} <= set(single)
+    assert ("gate" in single) == id.startswith(("llama", "mistral", "qwen"))
+    fused = arch.fused("q,k,v") == "whole"
+    assert len(arch.select("attn")) == single["out"] + (
+        single["q"] if fused else single["q"] + single["k"] + single["v"]
+    )
+    assert len(arch.select("mlp")) == single["up"] + single["down"] + single.get("gate", 0)
+    assert len(arch.select("all")) == len(arch.select("attn")) + len(arch.select("mlp"))
+
+
+def test_fused_layers_that_are_no_three_squares_are_not_split() -> None:
+    arch = architectures.from_table("attn.qkv_proj 5120 4096 times 2")
+    assert len(arch.select("q,k,v")) == 2
+    with pytest.raises(LabError, match="choose q, k and v together"):
+        arch.select("q")
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("single_transformer_blocks.3.proj_out", "down"),
+        ("transformer_blocks.3.ff.net.2", "down"),
+        ("proj_out", ""),
+        ("decoder.block.1.layer.1.EncDecAttention.k", "k"),
+        ("encoder.layer.2.attention.attn.o", "out"),
+        ("h.1.self_attention.query_key_value", "qkv"),
+        ("layers.0.attention.dense", "out"),
+        ("encoder.layer.0.attention.output.dense", "out"),
+        ("encoder.layer.0.output.dense", "down"),
+        ("model.decoder.layers.4.fc1", "up"),
+        ("transformer_blocks.7.txt_mlp.net.2", "down"),
+        ("pooler.dense", ""),
+        ("lm_head", ""),
+    ],
+)
+def test_roles_of_the_libraries_names(name: str, role: str) -> None:
+    assert role_of(name) == role
+
+
+def test_a_configuration_cannot_make_its_library_fetch_anything() -> None:
+    config = {
+        "model_type": "dpt",
+        "is_hybrid": False,
+        "use_pretrained_backbone": True,
+        "backbone": "facebook/dinov2-base",
+    }
+    with pytest.raises(LabError, match="asks for other files to be fetched"):
+        architectures.from_config(json.dumps(config))
+    foreign = {"auto_map": {"AutoModel": "x--y.Z"}, "trust_remote_code": True, "inner": [{"_name_or_path": "/etc"}]}
+    assert layer_tables.plain({**foreign, "use_pretrained_backbone": True}) == {
+        "inner": [{}],
+        "use_pretrained_backbone": False,
+    }
+
+
+def test_the_child_process_refuses_connections() -> None:
+    code = (
+        "import socket, sys; from lab.architecture_child import _alone; sys.addaudithook(_alone);"
+        "socket.create_connection(('127.0.0.1', 9), 2)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "a configuration alone is read here" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -210,7 +306,7 @@ def test_a_configuration_becomes_a_table_without_code_or_weights() -> None:
         ),
         ({"_class_name": "DiffusionPipeline"}, "is not a model that diffusers"),
         ({"_class_name": "__import__"}, "is not a model that diffusers"),
-        ({"model_type": "bert", "hidden_size": 99}, "no model could be built from it"),
+        ({"model_type": "bert", "hidden_size": 99}, "No model could be built from this"),
     ],
 )
 def test_models_that_nobody_knows(config: dict, said: str) -> None:

@@ -159,7 +159,10 @@ add(
     library="diffusers",
     source="black-forest-labs/FLUX.1-dev, transformer/config.json",
     unit=image(1024, 512),
-    note="In the 38 single blocks the output of attention and MLP is one fused layer (proj_out), which has no role here.",
+    note=(
+        "In the 38 single blocks one fused layer (proj_out) takes attention's output and the MLP's together: it is counted "
+        "as down. The default list of layers in diffusers' training scripts leaves it out."
+    ),
     companions=("sdxl-te1",),
 )
 
@@ -194,7 +197,9 @@ for _id, _name, _config, _source in (
         "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
     ),
 ):
-    add(_id, _name, _config, library="transformers", source=f"{_source}, config.json", unit=image(224, 77))
+    _note = "open_clip fuses query, key and value; the lab splits them into three layers when it loads the model."
+    _note = f"As transformers lays it out, with query, key and value apart: {_note}" if "bigg" in _id else ""
+    add(_id, _name, _config, library="transformers", source=f"{_source}, config.json", unit=image(224, 77), note=_note)
 
 
 def timm_model(name: str) -> Any:
