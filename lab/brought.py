@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -45,8 +46,9 @@ def bring(kind: str, text: str, name: str = "") -> str:
 
     Raises LabError in one sentence when it cannot be read.
     """
+    name = re.sub(r"[^\w.\- ]", "", name)[:60]  # it is shown, and copied into commands
     makers: dict[str, Callable[[], Architecture]] = {
-        "config": lambda: architectures.from_config(text, (name or "uploaded configuration")[:60]),
+        "config": lambda: architectures.from_config(text, name or "uploaded configuration"),
         "table": lambda: architectures.from_table(text, "pasted table"),
         "hub": lambda: architectures.from_hub(text),
     }

@@ -102,19 +102,46 @@ def as_command(report: dict[str, Any]) -> str:
     """The `python -m lab subject` command that trains these methods; on an architecture that is no base of the lab's
     image task, the `budget` commands that give the same counts."""
     state, rows = report["state"], [row for row in report["rows"] if row["count"] is not None]
-    targets = ",".join(state["targets"])
     base = next((b for b in BASES if b.family == "sdxl" and b.architecture == state["arch"]), None)
-    settings = [f"{row['id']}.{k}={_plain(v)}" for row in rows for k, v in _changed(row).items()]
     if base is None:
-        lines = []
-        for row in rows:
-            sets = "".join(f" --set {shlex.quote(f'{k}={_plain(v)}')}" for k, v in _changed(row).items())
-            lines.append(f"python -m lab budget {state['arch']} {row['id']} --targets {targets}{sets}")
-        return "\n".join(lines) + "\n"
-    parts = ["python -m lab subject PICTURES --class-word WORD", f"--base {base.id} --targets {targets}"]
+        return _budget_commands(report, rows)
+    lines = []
+    if state["blocks"]:
+        low, high = state["blocks"]
+        lines.append(f"# `subject` adapts every block: the page counted blocks {low} to {high} alone\n")
+    parts = ["python -m lab subject PICTURES --class-word WORD", f"--base {base.id} --targets {_targets(state)}"]
+    if state["te"]:
+        parts.append("--text-encoder")
     parts += [f"--method {row['id']}" for row in rows]
-    parts += [f"--set {shlex.quote(s)}" for s in settings]
-    return " \\\n    ".join([*parts, "--out out/compared"]) + "\n"
+    settings = [f"{row['id']}.{k}={_plain(v)}" for row in rows for k, v in _changed(row).items()]
+    parts += [f"--set {shlex.quote(setting)}" for setting in settings]
+    return "".join(lines) + " \\\n    ".join([*parts, "--out out/compared"]) + "\n"
+
+
+def _budget_commands(report: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    state, arch = report["state"], report["state"]["arch"]
+    lines = []
+    if arch.startswith("own-"):
+        arch = report["arch"]["name"]
+        if arch == "pasted table":
+            lines, arch = ["# shapes.txt: the lines that were pasted"], "shapes.txt"
+        elif arch.endswith(".json"):
+            lines = [f"# {arch}: the file that was uploaded"]
+    places = [f"--targets {_targets(state)}"]
+    if state["blocks"]:
+        places.append(f"--blocks {state['blocks'][0]}-{state['blocks'][1]}")
+    if state["part"]:
+        places.append(f"--part {shlex.quote(state['part'])}")
+    if state["te"] and report["arch"]["companions"]:
+        places.append("--text-encoders")
+    for row in rows:
+        sets = [f"--set {shlex.quote(f'{k}={_plain(v)}')}" for k, v in _changed(row).items()]
+        lines.append(" ".join(["python -m lab budget", shlex.quote(arch), row["id"], *places, *sets]))
+    return "\n".join(lines) + "\n"
+
+
+def _targets(state: dict[str, Any]) -> str:
+    return ",".join(state["targets"])
 
 
 def _changed(row: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +189,18 @@ def as_peft(report: dict[str, Any]) -> str:
     picked = budget_report.pick(state)
     arch, rows = picked.groups[0]
     targets = target_modules([row.layer for row in rows], [row.layer for row in arch.rows])
+    said = [
+        f"{arch.name}, {_targets(state)}: model = peft.get_peft_model(model, {report['rows'][0]['id'].replace('-', '_')})"
+    ]
+    if arch.fused(state["targets"]) == "split":
+        said.append(
+            "Query, key and value are one layer of this model, which PEFT adapts whole: more parameters than counted."
+        )
+    for encoder, chosen in picked.groups[1:]:
+        ends = target_modules([row.layer for row in chosen], [row.layer for row in encoder.rows])
+        said.append(f"{encoder.name}: the same with target_modules={ends!r}")
     wanted = [[row["id"], _plain_settings(row["knobs"])] for row in report["rows"] if row["count"] is not None]
-    return _rendered(json.dumps([wanted, targets]))
+    return _rendered(json.dumps([wanted, targets, said]))
 
 
 def _plain_settings(knobs: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`python -m lab.peft_code`: PEFT configurations as Python code, without importing PEFT.
 
-Reads `[[[method id, settings], …], target modules]` as JSON. A method's `config` imports its configuration class
+Reads `[[[method id, settings], …], target modules, remarks]` as JSON. A method's `config` imports its configuration class
 from `peft`; here `peft` is a recorder whose classes keep what they were called with. A process of its own, so that
 the recorder is nobody else's `peft`.
 """
@@ -19,13 +19,13 @@ class Recorded:
     """A call of a class of PEFT's, printed as code."""
 
     def __init__(self, name: str, arguments: dict[str, Any]) -> None:
-        self.name, self.arguments = name, arguments
+        self.name, self.arguments, self.noted = name, arguments, {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("name", "arguments"):
+        if name in ("name", "arguments", "noted"):
             super().__setattr__(name, value)
         else:
-            self.arguments[name] = value
+            self.noted[name] = value
 
     def code(self, depth: int = 0) -> str:
         inner = "    " * (depth + 1)
@@ -61,10 +61,10 @@ class _Recorder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return
 
 
-def render(wanted: list[Any], targets: Any) -> str:
-    """Code of every wanted configuration, with its imports."""
-    from lab import methods
+def render(wanted: list[Any], targets: Any, said: list[str]) -> str:
+    """Code of every wanted configuration, with its imports, under remarks."""
     from lab.methods import METHODS
+    from lab.methods.builtin import PeftMethod
     from lab.methods.own import OwnMethod
 
     imports: dict[str, set[str]] = {}
@@ -74,23 +74,20 @@ def render(wanted: list[Any], targets: Any) -> str:
         variable = id.replace("-", "_")
         if isinstance(method, OwnMethod):
             name = f"{method.peft_name.capitalize()}Config"
-            public = next((n for n in methods.__all__ if n.lower() == name.lower()), "")
-            arguments = {**settings, "target_modules": targets}
-            if public:
-                imports.setdefault("lab.methods", set()).add(public)
-                bodies.append(f"{variable} = {Recorded(public, arguments).code()}\n")
-            else:
-                imports.setdefault("lab.methods", set()).add("METHODS")
-                knobs = Recorded(f'METHODS["{id}"].knobs', dict(settings)).code(1)
-                bodies.append(
-                    f'{variable} = METHODS["{id}"].config(\n    {knobs},\n    targets={targets!r},\n    seed=0,\n)\n'
-                )
+            imports.setdefault("lab.methods", set()).add(name)
+            bodies.append(f"{variable} = {Recorded(name, {**settings, 'target_modules': targets}).code()}\n")
             continue
         recorded: Any = method.config(method.knobs.parse(settings), targets, 0)
         _note(recorded, imports)
-        bodies.append(f"{variable} = {_code(recorded)}\n")
+        noted = "".join(f"{variable}.{k} = {v!r}  # the lab's trainer reads it\n" for k, v in recorded.noted.items())
+        if getattr(type(method), "finish", PeftMethod.finish) is not PeftMethod.finish:
+            noted += (
+                f"# freeze lora_A after get_peft_model, as lab.methods.METHODS[{id!r}].attach does: it is not trained\n"
+            )
+        bodies.append(f"{variable} = {_code(recorded)}\n{noted}")
     head = "".join(f"from {module} import {', '.join(sorted(names))}\n" for module, names in sorted(imports.items()))
-    return f"{head}\n{chr(10).join(bodies)}"
+    remarks = "".join(f"# {line}\n" for line in said)
+    return f"{remarks}{head}\n{chr(10).join(bodies)}"
 
 
 def _note(recorded: Recorded, imports: dict[str, set[str]]) -> None:

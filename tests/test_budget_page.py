@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import io
+import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab import budget_copy, budget_report
+from lab.cli import main, parser
 from lab.errors import LabError
 from lab.methods import METHODS
 from lab.plots import PLOTS
 from lab.ui import budget as tab
 from tests.browser import browser, chromium, server
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
     "arch": "gpt2",
     "targets": ["q", "v"],
@@ -172,35 +178,105 @@ def test_csv_and_markdown_hold_the_numbers() -> None:
         budget_copy.copy(SMALL, "xls")
 
 
+TINY = {
+    "arch": "tiny-sdxl",
+    "targets": ["q", "v"],
+    "methods": {"lora": {"r": 3}, "nora": {"r_outer": 16, "r_inner": 2}},
+}
+
+
+def words(text: str) -> list[str]:
+    return shlex.split(text.replace("\\\n", " "), comments=True)
+
+
 def test_command_is_one_that_the_lab_takes() -> None:
-    import shlex
-
-    from lab.cli import parser
-
-    tiny = {
-        "arch": "tiny-sdxl",
-        "targets": ["q", "v"],
-        "methods": {"lora": {"r": 3}, "nora": {"r_outer": 16, "r_inner": 2}},
-    }
-    words = shlex.split(budget_copy.copy(tiny, "command").replace("\\\n", " "))
-    args = parser().parse_args(words[3:])
+    args = parser().parse_args(words(budget_copy.copy({**TINY, "te": True}, "command"))[3:])
     assert (args.command, args.method, args.targets, args.base) == ("subject", ["lora", "nora"], "q,v", "tiny-sdxl")
     assert {"lora.r=3", "nora.r_outer=16", "nora.r_inner=2"} <= set(args.set)
-    for line in budget_copy.copy(SMALL, "command").splitlines():
-        assert parser().parse_args(shlex.split(line)[3:]).command == "budget"
+    assert args.text_encoder
+    assert "blocks 1 to 2 alone" in budget_copy.copy({**TINY, "blocks": [1, 2]}, "command")
 
 
-def test_peft_configurations_are_code_that_makes_the_same_adapters() -> None:
-    code = budget_copy.copy(
-        {**SMALL, "targets": ["out"], "methods": {"lora": {"r": 3}, "nora": {"r_outer": 16}, "dora": {}}}, "peft"
+@pytest.mark.parametrize(
+    "state",
+    [
+        {**SMALL, "blocks": [2, 5]},
+        {"arch": "clip-vit-b16", "part": "vision", "targets": ["up"], "methods": {"lora": {}, "nola": {"k": 7}}},
+        {"arch": "sd15-unet", "te": True, "targets": ["q", "conv"], "methods": {"lora": {"r": 2}}, "budget": 500_000},
+    ],
+)
+def test_budget_commands_give_the_pages_counts(state: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    rows = budget_report.report(state)["rows"]
+    lines = budget_copy.copy(state, "command").splitlines()
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows, strict=True):
+        assert main([*words(line)[3:], "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["trainable_parameters"] == row["count"]
+
+
+def test_command_trains_what_the_page_counts(tmp_path: Path) -> None:
+    """The copied command, run as it stands but for the pictures, the word, and a training of one step."""
+    text = budget_copy.copy(TINY, "command").replace("PICTURES", "assets/subjects/fox").replace("WORD", "fox")
+    command = words(text.replace("out/compared", str(tmp_path)))[1:]
+    short = ["--steps", "1", "--seeds", "0", "--sample-seeds", "0", "--sampling-steps", "1", "--prompt", "a {subject}"]
+    done = subprocess.run(
+        [sys.executable, *command, *short, "--json"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    ast.parse(code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {run["method"]: run["trainable_parameters"] for run in json.loads(done.stdout)["runs"]}
+    assert found == {row["id"]: row["count"] for row in budget_report.report(TINY)["rows"]}
+
+
+def executed(state: dict[str, Any]) -> dict[str, Any]:
+    """The configurations that the copied code makes, run as a visitor would run it."""
     made: dict[str, Any] = {}
-    exec(code, made)  # our own text, run as a visitor would
-    assert made["lora"].r == 3
-    assert made["dora"].use_dora
-    assert made["nora"].r_outer == 16
-    assert set(made["lora"].target_modules) == {"attn.c_proj"}
+    exec(budget_copy.copy(state, "peft"), made)  # our own text
+    return made
+
+
+@pytest.mark.parametrize("start", range(0, len(METHODS), budget_report.MAX_METHODS))
+def test_peft_code_makes_the_adapters_that_the_page_counts(start: int) -> None:
+    """Every method: its code is run, given to PEFT with a real model, and makes the parameters of the table."""
+    import peft
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    chosen = METHODS.ids()[start : start + budget_report.MAX_METHODS]
+    state = {"arch": "tiny-sdxl-te1", "targets": ["q", "out"], "methods": {id: {} for id in chosen}, "budget": 4000}
+    rows = {row["id"]: row for row in budget_report.report(state)["rows"]}
+    made = executed(state)
+    config = CLIPTextConfig.from_dict(json.loads((ROOT / "assets/tiny-sdxl/text_encoder/config.json").read_text()))
+    torch.manual_seed(0)
+    for id in chosen:
+        given = made[id.replace("-", "_")]
+        if METHODS[id].needs or id in ("eva", "lora-ga"):  # their start needs a batch: the lab's own `attach`
+            continue
+        model = peft.get_peft_model(CLIPTextModel(config).requires_grad_(False), given)
+        if id in ("lora-fa", "ffa-lora"):  # the code says so
+            [p.requires_grad_(False) for name, p in model.named_parameters() if ".lora_A." in name]
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == rows[id]["count"], id
+
+
+@pytest.mark.parametrize(
+    "change", [{"blocks": [1, 3]}, {"targets": ["conv", "down"]}, {"targets": ["q", "k", "v", "out", "up", "down"]}]
+)
+def test_peft_code_adapts_the_chosen_layers(change: dict[str, Any]) -> None:
+    import peft
+    import torch
+
+    from lab import layer_tables
+    from tests.architecture_configurations import configuration
+
+    state = {**TINY, "methods": {"lora": {"r": 2}}, **change}
+    with torch.device("meta"):
+        model = peft.get_peft_model(layer_tables.build(configuration("tiny-sdxl")), executed(state)["lora"])
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert total == budget_report.report(state)["rows"][0]["count"]
+
+
+def test_peft_code_says_what_it_cannot() -> None:
+    assert "PEFT adapts whole" in budget_copy.copy(SMALL, "peft")
+    assert "text encoder 2: the same with target_modules=" in budget_copy.copy({**TINY, "te": True}, "peft")
 
 
 def test_target_modules_single_out_the_layers() -> None:
