@@ -167,6 +167,24 @@ def test_brought_architectures_are_bounded() -> None:
         shelf.get(first)
 
 
+def test_links_to_brought_architectures_outlive_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lab import brought
+    from lab.architectures import from_table, load
+    from lab.brought import Brought
+
+    home = tmp_path / "architectures"
+    id = Brought(folder=home).add(from_table("q 64 32 times 3\nconv 8 4 3 3"))
+    again = Brought(folder=home).get(id)
+    assert [row.layer for row in again.rows] == [row.layer for row in from_table("q 64 32 times 3\nconv 8 4 3 3").rows]
+    assert Brought(folder=home).get(Brought(folder=home).add(load("gpt2"))).rows == load("gpt2").rows
+    monkeypatch.setattr(brought, "MOST_FILES", 2)
+    Brought(folder=home).add(from_table("q 7 7"))
+    assert len(list(home.glob("own-*.json"))) == 2
+    for wrong in ("own-../../../etc/passwd", "own-zz", "own-0000000000000000"):
+        with pytest.raises(LabError, match="no longer has"):
+            Brought(folder=home).get(wrong)
+
+
 # -- copies ------------------------------------------------------------------------------------------------
 def test_csv_and_markdown_hold_the_numbers() -> None:
     rows = list(csv.DictReader(io.StringIO(budget_copy.copy(SMALL, "csv"))))

@@ -114,6 +114,7 @@ def initial() -> dict[str, Any]:
 
 def build(page: Page) -> None:
     """The tab's components."""
+    brought.BROUGHT.folder = page.store.home / "architectures"
     gr.HTML(
         "",
         html_template=f"<style>{static('budget.css')}</style>{calculator()}",
