@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from lab import counter
 
 CHUNK = 1 << 20  # basis entries generated at once: about 10 MB with the work space
+T = TypeVar("T")
 _H = 128  # the transform is made of products with Hadamard matrices of at most this side
 
 
@@ -49,66 +50,61 @@ def combine_pair(
     keys: tuple[int, int],
     sizes: tuple[int, int],
     cache_bytes: int = 0,
+    gain: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`combine` for both of two coefficient vectors; one transform does for two Hadamard bases of the same side."""
-    sides = {_side(size) for size in sizes}
-    constants = 2 * next(iter(sides)) + 8 * (c[0].numel() + c[1].numel())
-    if basis == "hadamard" and len(sides) == 1 and constants <= cache_bytes // 8:
-        return _Pair.apply(c[0].float(), c[1].float(), keys, sizes, cache_bytes)  # type: ignore[no-any-return]
+    """`combine` for both of two coefficient vectors, the second times `gain`; one transform does for two Hadamard
+    bases of the same side."""
+    if basis == "hadamard" and (side := _side(sizes[0])) == _side(sizes[1]):
+        counts, device = (c[0].numel(), c[1].numel()), c[0].device
+        bytes_ = 2 * side + 12 * sum(counts)
+        name = ("pair", keys, counts, sizes, gain, device)
+        pair = cache.get(name, bytes_, cache_bytes, lambda: _Constants.make(keys, counts, sizes, gain, device))
+        if pair is not None:
+            return _Pair.apply(c[0].float(), c[1].float(), pair)  # type: ignore[no-any-return]
     first, second = (combine(*x, cache_bytes) for x in zip(c, (basis,) * 2, keys, sizes, strict=True))
-    return first, second
+    return first, second if gain == 1 else second * gain
+
+
+class _Constants(NamedTuple):
+    """Of two Hadamard bases side by side in one vector of 2N: rows (k + l,), signs (2, N) int8, factors (k + l,)."""
+
+    rows: torch.Tensor
+    signs: torch.Tensor
+    scale: torch.Tensor
+    counts: tuple[int, int]
+    sizes: tuple[int, int]
+
+    @classmethod
+    def make(
+        cls, keys: tuple[int, int], counts: tuple[int, int], sizes: tuple[int, int], gain: float, device: torch.device
+    ) -> _Constants:
+        side = _side(sizes[0])
+        rows = [_rows(key, k, side, device, 0) + i * side for i, (key, k) in enumerate(zip(keys, counts, strict=True))]
+        signs = torch.zeros(2, side, dtype=torch.int8, device=device)
+        for i, (key, size) in enumerate(zip(keys, sizes, strict=True)):
+            signs[i, :size] = _signs(key, size, device, 0)
+        scale = [torch.full((k,), (3 * k) ** -0.5 * g, device=device) for k, g in zip(counts, (1.0, gain), strict=True)]
+        return cls(torch.cat(rows), signs, torch.cat(scale), counts, sizes)
 
 
 class _Pair(torch.autograd.Function):
-    """Two Hadamard combinations side by side in one vector of 2N: less than half the small operations."""
+    """Two Hadamard combinations at once: less than half the small operations."""
 
     @staticmethod
-    def forward(
-        ctx: Any, c: torch.Tensor, d: torch.Tensor, keys: tuple[int, int], sizes: tuple[int, int], cache_bytes: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        counts, side = (c.numel(), d.numel()), _side(sizes[0])
-        rows, signs, scale = _pair_constants(keys, counts, sizes, c.device, cache_bytes)
-        ctx.made_with = (rows, signs, scale, counts, sizes)
-        spread = c.new_zeros(2 * side).index_copy_(0, rows, torch.cat((c, d)) * scale)
-        mixed = transform(spread, side).view(2, side) * signs
+    def forward(ctx: Any, c: torch.Tensor, d: torch.Tensor, pair: _Constants) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.pair, (rows, signs, scale, _, sizes) = pair, pair
+        spread = c.new_zeros(signs.numel()).index_copy_(0, rows, torch.cat((c, d)).mul_(scale))
+        mixed = transform(spread, signs.shape[1]).view(signs.shape).mul_(signs)
         return mixed[0, : sizes[0]], mixed[1, : sizes[1]]
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
-        rows, signs, scale, counts, sizes = ctx.made_with
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        rows, signs, scale, counts, sizes = ctx.pair
         spread = grads[0].new_zeros(signs.shape)
         for i in (0, 1):
             torch.mul(grads[i], signs[i, : sizes[i]], out=spread[i, : sizes[i]])
-        both = transform(spread.view(-1), signs.shape[1])[rows] * scale
-        return both[: counts[0]], both[counts[0] :], None, None, None
-
-
-def _pair_constants(
-    keys: tuple[int, int], counts: tuple[int, int], sizes: tuple[int, int], device: torch.device, cache_bytes: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(rows (k + l,) in the vector of 2N, signs (2, N) int8, 1/√(3k) and 1/√(3l) (k + l,))."""
-    side, name = _side(sizes[0]), (keys, counts, sizes, device)
-
-    def rows() -> torch.Tensor:
-        parts = [_rows(key, k, side, device, 0) + i * side for i, (key, k) in enumerate(zip(keys, counts, strict=True))]
-        return torch.cat(parts)
-
-    def signs() -> torch.Tensor:
-        made = torch.zeros(2, side, dtype=torch.int8, device=device)
-        for i, (key, size) in enumerate(zip(keys, sizes, strict=True)):
-            made[i, :size] = _signs(key, size, device, 0)
-        return made
-
-    def kept(what: str, size: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        found = cache.get((what, *name), size, cache_bytes, make)
-        return make() if found is None else found
-
-    return kept("rows", 8 * sum(counts), rows), kept("signs", 2 * side, signs), _scales(counts, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _scales(counts: tuple[int, int], device: torch.device) -> torch.Tensor:
-    return torch.cat([torch.full((k,), (3 * k) ** -0.5, device=device) for k in counts])
+        both = transform(spread.view(-1), signs.shape[1]).index_select(0, rows) * scale
+        return both[: counts[0]], both[counts[0] :], None
 
 
 def vectors(basis: str, k: int, key: int, size: int) -> torch.Tensor:
@@ -167,28 +163,26 @@ class Cache:
     """
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[Any, ...], tuple[torch.Tensor, float]] = {}
+        self.kept: dict[tuple[Any, ...], tuple[Any, int, float]] = {}  # name → what, its bytes, when it was used
         self.bytes = 0
 
-    def get(
-        self, name: tuple[Any, ...], size: int, limit: int, make: Callable[[], torch.Tensor]
-    ) -> torch.Tensor | None:
-        """The tensor of this name, made if it is missing and fits; None if it does not fit."""
+    def get(self, name: tuple[Any, ...], size: int, limit: int, make: Callable[[], T]) -> T | None:
+        """What has this name, made if it is missing and its `size` in bytes fits; None if it does not fit."""
         found = self.kept.get(name)
         if found is None:
             if self.bytes + size > limit and size <= limit:
                 self._drop_unused()
             if self.bytes + size > limit:
                 return None
-            found = (make(), 0.0)
+            found = (make(), size, 0.0)
             self.bytes += size
-        self.kept[name] = (found[0], time.monotonic())
+        self.kept[name] = (found[0], found[1], time.monotonic())
         return found[0]
 
     def _drop_unused(self) -> None:
         now = time.monotonic()
-        self.kept = {n: (x, used) for n, (x, used) in self.kept.items() if now - used < 60}
-        self.bytes = sum(x.numel() * x.element_size() for x, _ in self.kept.values())
+        self.kept = {n: entry for n, entry in self.kept.items() if now - entry[2] < 60}
+        self.bytes = sum(size for _, size, _ in self.kept.values())
 
 
 cache = Cache()
@@ -255,21 +249,28 @@ def transform(x: torch.Tensor, size: int = 0) -> torch.Tensor:
     stretch of that many entries.
 
     H is the Kronecker product of small Hadamard matrices, one for each axis of x reshaped; so a few matrix products
-    of side 128 instead of log₂N passes over x.
+    of side at most 128 instead of log₂N passes over x.
     """
     size, whole = size or x.numel(), x.numel()
     done = 1  # length of the axes already transformed, at the right
-    while done < size:
-        side = min(_H, size // done)
+    for side in _sides(size):
         h = _matrix(side, x.device, x.dtype)
         if done == 1:
             x = x.view(-1, side) @ h
         elif side * done == whole:
             x = h @ x.view(side, done)
         else:
-            x = torch.matmul(h, x.view(-1, side, done))
+            x = torch.bmm(h.expand(whole // (side * done), side, side), x.view(-1, side, done))
         done *= side
     return x.reshape(whole)
+
+
+@functools.lru_cache(maxsize=64)
+def _sides(size: int) -> tuple[int, ...]:
+    """As few powers of two as give `size`, none above _H, and as equal as can be: their sum is the work an entry."""
+    bits = size.bit_length() - 1
+    parts = max(1, -(-bits // (_H.bit_length() - 1)))
+    return tuple(1 << (bits // parts + (i < bits % parts)) for i in range(parts))
 
 
 @functools.lru_cache(maxsize=32)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lab.errors import LabError
+from lab.methods import _fused as fused
 from lab.methods.own import OwnMethod, Tensors
 from lab.methods.spec import Layer
 from lab.targets import role_of
@@ -160,8 +161,8 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         adapters = [a for a in self.active_adapters if a in self.methods]
-        if (changed := self._changed_weight(x, adapters)) is not None:
-            return self._with_weight(x, changed)
+        if (whole := self._in_one(x, adapters)) is not None:
+            return whole
         result = self.base_layer(x, *args, **kwargs)
         inputs = x if torch.is_autocast_enabled(x.device.type) else x.float()
         for adapter in adapters:
@@ -176,29 +177,30 @@ class OwnLayer(nn.Module, BaseTunerLayer):
             return t
         return self.methods[adapter].staged(t, stage, self.knobs[adapter])
 
-    def _changed_weight(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor | None:
-        """W + ΔW for full-rank updates in plain float32: one product with it costs less than one with each.
+    def _in_one(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor | None:
+        """The base layer and its adapters in one go, on a plain float32 layer: a low-rank update within the layer's own
+        products, full-rank ones by one product with W + ΔW.
 
-        None where that would lose digits (lower precisions), or where adapters are of low rank or go another way.
+        None where that would lose digits (lower precisions), or where something else wants to see the layer's parts.
         """
-        if not all(self.methods[a].dense(self.layer, self.knobs[a]) for a in adapters):
-            return None
         base: Any = self.get_base_layer()
-        if type(base) not in (nn.Linear, nn.Conv2d) or base.weight.dtype != torch.float32 or x.dtype != torch.float32:
+        if not adapters or type(base) not in (nn.Linear, nn.Conv2d) or base._forward_hooks or base._forward_pre_hooks:
             return None
-        if not adapters or torch.is_autocast_enabled(x.device.type) or base._forward_hooks or base._forward_pre_hooks:
+        weight, bias = base.weight, base.bias
+        if weight.dtype != torch.float32 or x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
             return None
-        weight = base.weight
-        for adapter in adapters:
-            method, knobs = self.methods[adapter], self.knobs[adapter]
-            if type(method).forward is not OwnMethod.forward:
-                return None
-            weight = weight + self._shaped(method.delta(self._seen(adapter), knobs, self.layer))
-        return weight
-
-    def _with_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        base: Any = self.get_base_layer()
-        return base._conv_forward(x, weight, base.bias) if self.layer.kernel else F.linear(x, weight, base.bias)
+        if any(type(self.methods[a]).forward is not OwnMethod.forward for a in adapters):
+            return None
+        if all(self.methods[a].dense(self.layer, self.knobs[a]) for a in adapters):
+            for adapter in adapters:
+                delta = self.methods[adapter].delta(self._seen(adapter), self.knobs[adapter], self.layer)
+                weight = weight + self._shaped(delta)
+            return base._conv_forward(x, weight, bias) if self.layer.kernel else F.linear(x, weight, bias)
+        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        if len(adapters) > 1 or self.layer.kernel or not frozen:
+            return None
+        pair = self.methods[adapters[0]].factors(self._seen(adapters[0]), self.knobs[adapters[0]], self.layer)
+        return None if pair is None else fused.linear(x, weight, bias, *pair)
 
     # -- merging --------------------------------------------------------------------------------------------
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -113,10 +113,9 @@ class Nola(OwnMethod):
         keys = {side: counter.key("nola", knobs.seed, whose, side) for side in ("a", "b", "a0")}
         limit = knobs.cache_mib << 20
         sizes = (knobs.r * n, m * knobs.r)
-        A, B = _basis.combine_pair((alpha, beta), kind, (keys["a"], keys["b"]), sizes, limit)
+        A, B = _basis.combine_pair((alpha, beta), kind, (keys["a"], keys["b"]), sizes, limit, knobs.c / knobs.r)
         A0 = _basis.start_factor(keys["a0"], knobs.r, n, A.device, limit)
-        scale = knobs.c / knobs.r
-        return (B if scale == 1 else B * scale).view(m, knobs.r), A.view(knobs.r, n) + A0
+        return B.view(m, knobs.r), A.view(knobs.r, n) + A0
 
     def dense(self, layer: Layer, knobs: NolaKnobs) -> bool:
         return layer.kernel is not None

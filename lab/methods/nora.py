@@ -156,12 +156,14 @@ class Nora(OwnMethod):
         With D_B = B(B'−B'₀) and D_A = (A'−A'₀)A:  B·B'·A'·A − B·B'₀·A'₀·A = D_B·(P₀+D_A) + Q₀·D_A, where Q₀ = B·B'₀
         and P₀ = A'₀·A: exactly zero at the start, and without cancellation near it.
         """
+        import torch
+
         B, A, s = t["outer_b"], t["outer_a"], knobs.scale
         if not knobs.identity_init:
             return (B @ t["inner_b"]) * s, t["inner_a"] @ A
-        from lab.methods._fold import fold
-
-        left, right = fold(t)
+        d_b = (t["inner_b"] - t["start_b"]).T @ B.T  # (i, m): thin products are fastest with the thin side first
+        d_a = (t["inner_a"] - t["start_a"]) @ A  # (i, n)
+        left, right = torch.cat((d_b, t["start_q"].T)).T, torch.cat((t["start_p"] + d_a, d_a))
         return (left * s if s != 1 else left), right
 
 
