@@ -72,7 +72,9 @@ def weights(base: str | Base) -> Weights:
 
 def at_hand(row: Base) -> bool:
     """Whether the base's weights are on this machine, so that nothing has to be downloaded."""
-    return _folder(row) is not None or (row.family == "open_clip" and Path(row.source).is_dir())
+    return (
+        _folder(row) is not None or Path(row.source).is_file() or (row.family != "sdxl" and Path(row.source).is_dir())
+    )
 
 
 def _folder(row: Base) -> Path | None:
@@ -114,7 +116,7 @@ def _in_model(row: Base) -> dict[str, tuple[dict[str, torch.Tensor], str, Shape]
     """From the loaded model: single files, and open_clip's."""
     import torch
 
-    whole = row.load("cpu", torch.float32)
+    whole = (row.family == "sdxl" and row.loaded()) or row.load("cpu", torch.float32)
     parts = {p: getattr(whole, a) for p, a in PARTS.items()} if row.family == "sdxl" else {"": whole.model}
     places = {}
     for prefix, part in parts.items():

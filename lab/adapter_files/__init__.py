@@ -10,6 +10,7 @@ tensors are read when a layer is asked for, so memory holds one layer at a time.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -238,6 +239,8 @@ def _named(file: _header.TensorFile, stems: dict[str, dict[str, str]], layers_a_
     found: dict[str, Layer] = {}
     for stem, keys in stems.items():
         name = _names.layer(stem, layers_a_block)
+        if not re.fullmatch(r"[\w.:/-]+", name, re.ASCII):
+            raise LabError(f"{file.called} names a layer {short(stem)!r}, in letters that no layer's name has.")
         if name in found:
             raise LabError(f"{file.called} changes layer {short(name)} twice, under two names.")
         found[name] = Layer(file, name, keys)

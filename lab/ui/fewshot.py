@@ -16,7 +16,7 @@ from lab.errors import LabError
 from lab.jobs import ensure_worker
 from lab.runs import Store
 from lab.tasks import TASKS, fewshot
-from lab.ui import Page, Tab
+from lab.ui import Page, Tab, limits
 from lab.ui import _fewshot_html as html
 from lab.ui._fewshot_results import Results
 from lab.ui._fewshot_results import build as build_results
@@ -149,6 +149,7 @@ def _wire(page: Page, form: Form, results: Results) -> None:
         if not path:
             return *same, ""
         try:
+            limits.check_zip(Path(path))
             name = _upload.take(Path(path), skip_damaged=skip)
         except LabError as problem:
             return *same, error(str(problem))

@@ -6,8 +6,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from lab.errors import LabError
 from lab.ui.owner import NO_OWNER, Owners, token_of
 
 HOUR_S = 3600.0
@@ -21,8 +23,18 @@ def megabytes(name: str, default: int) -> int:
 
 
 def largest_file() -> int:
-    """Largest single upload in bytes: a zip of pictures (LAB_MAX_ZIP_MB); `lab.uploads` takes less of a picture."""
-    return megabytes("LAB_MAX_ZIP_MB", 256)
+    """Largest single upload in bytes: an adapter (LAB_MAX_ADAPTER_MB) or a zip of pictures (LAB_MAX_ZIP_MB);
+    `lab.uploads` takes less of a picture."""
+    return max(megabytes("LAB_MAX_ZIP_MB", 256), megabytes("LAB_MAX_ADAPTER_MB", 1024))
+
+
+def check_zip(path: Path) -> None:
+    """Raise LabError for a zip of pictures beyond LAB_MAX_ZIP_MB; the upload route takes what any tab takes."""
+    limit = megabytes("LAB_MAX_ZIP_MB", 256)
+    if path.stat().st_size > limit:
+        raise LabError(
+            f"The zip has {path.stat().st_size / 2**20:.0f} MB: at most {limit >> 20} MB of pictures are taken."
+        )
 
 
 class UploadLimits:

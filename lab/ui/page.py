@@ -13,6 +13,7 @@ from pathlib import Path
 import gradio as gr
 from fastapi import FastAPI
 
+from lab import adapter_store
 from lab.errors import LabError
 from lab.jobs import ensure_worker
 from lab.runs import Store
@@ -64,6 +65,7 @@ def application(home: Path | str | None = None) -> FastAPI:
     owners = owner.Owners(owner.secret(store.home))
     owner.use(owners)
     drafts.sweep(store.home)
+    adapter_store.sweep(store.home)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(files.router(store))
     demo = build(store)
