@@ -15,9 +15,10 @@ from typing import Any
 from lab import architectures, budget, budget_search, memory
 from lab.architectures import Architecture, Row
 from lab.brought import BROUGHT
+from lab.budget_figures import RANKS, figures
 from lab.errors import LabError
 from lab.methods import METHODS, Layer, Method
-from lab.plots import budget_curve, budget_files, budget_layers, colour
+from lab.plots import colour
 from lab.registry import unknown
 
 DEFAULT: dict[str, Any] = {
@@ -32,8 +33,6 @@ DEFAULT: dict[str, Any] = {
     "size": 1.0,
     "precision": "bf16",
 }
-ROLES = ("q", "k", "v", "out", "up", "down", "gate", "conv")
-RANKS = ("r", "rank", "r_inner", "init_r")  # knobs that are the update's rank
 MAX_METHODS = 12
 MAX_KNOB = 100_000  # of a slider whose method sets no end
 
@@ -153,7 +152,7 @@ def report(given: Any) -> dict[str, Any]:
         "state": state,
         "arch": _arch(state, picked),
         "rows": rows,
-        "figures": figures(rows, state, picked),
+        "figures": figures(rows, picked),
         "link": link(state),
     }
 
@@ -229,13 +228,23 @@ def _memory(method: Method, knobs: Any, state: dict[str, Any], picked: Picked, t
 _ends: dict[Any, Any] = {}
 
 
+def sliders(method: Method) -> list[dataclasses.Field[Any]]:
+    """The knobs with a slider: those that decide the count, and a rank that does not (NOLA's)."""
+    fields = budget.knob_fields(method)
+    ranks = [
+        f for f in fields if f.name in RANKS and not f.metadata["size"] and type(f.default) is int and f.default > 0
+    ]
+    return [*budget.knob_fields(method, size=True), *ranks]
+
+
 def controls(method: Method, picked: Picked, knobs: Any) -> list[dict[str, Any]]:
-    """The size knobs as sliders: {"name", "help", "low", "high", "whole", "fraction", "values"}.
+    """The knobs that decide the count, and the rank, as sliders: {"name", "help", "low", "high", "whole", "values",
+    "default", "size"}.
 
     A slider ends where the settings stop fitting the layers; `values` lists what fits where that is not a range.
     """
     found = []
-    for field in budget.knob_fields(method, size=True):
+    for field in sliders(method):
         value = getattr(knobs, field.name)
         fraction = isinstance(value, float) and value < 1
         key = (method.id, field.name, fraction, id(picked))
@@ -253,6 +262,7 @@ def controls(method: Method, picked: Picked, knobs: Any) -> list[dict[str, Any]]
                 "whole": not fraction,
                 "values": values,
                 "default": field.default,
+                "size": field.metadata["size"],
             }
         )
     return found
@@ -289,76 +299,6 @@ def _range(method: Method, picked: Picked, field: Any, fraction: bool) -> tuple[
         return low, edge, []
     values = [u for u in sorted({*divisors, *grid}) if fits(u)]
     return (values[0], values[-1], values) if values else (low, high, [])
-
-
-# -- figures -------------------------------------------------------------------------------------------
-def figures(rows: list[dict[str, Any]], state: dict[str, Any], picked: Picked) -> dict[str, Any]:
-    """The three charts as plain plotly data; methods that do not fit are left out."""
-    shown = [row for row in rows if row["count"]]
-    curves, layers = [], []
-    for row in shown:
-        method = METHODS[row["id"]]
-        knobs = method.knobs.parse(_plain(row["knobs"]))
-        head = {"method": row["id"], "name": row["name"]}
-        curves.append({**head, **curve(method, knobs, picked, row)})
-        layers.append({**head, **by_block(method, knobs, picked, row["count"])})
-    return {
-        "curve": budget_curve.figure(curves, floor=picked.floor),
-        "layers": budget_layers.figure(layers),
-        "files": budget_files.figure([{"method": r["id"], "name": r["name"], "bytes": r["bytes"]} for r in shown]),
-    }
-
-
-def _plain(knobs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in knobs.items() if v is not None}
-
-
-def curve(method: Method, knobs: Any, picked: Picked, row: dict[str, Any]) -> dict[str, Any]:
-    """Counts over the method's rank, or over its size where it has no rank: {"knob", "points", "chosen"}."""
-    names = [f.name for f in budget.knob_fields(method)]
-    name = next((n for n in RANKS if n in names), "") or next(
-        (f.name for f in budget.knob_fields(method, size=True)), ""
-    )
-    if not name:
-        return {"knob": "fixed size", "points": [[1, row["count"]], [512, row["count"]]], "chosen": [1, row["count"]]}
-    spec = next((c for c in row["controls"] if c["name"] == name), None)
-    value = getattr(knobs, name)
-    if spec and spec["values"]:
-        tried = spec["values"]
-    elif isinstance(value, float) and value < 1:
-        tried = [i / 16 for i in range(1, 17)]
-    else:
-        high = min(spec["high"] if spec else 512, max(512, 2 * value))
-        tried = sorted({*(2**i for i in range(17) if 2**i <= high), value})
-    points = []
-    for x in tried:
-        try:
-            setting = dataclasses.replace(knobs, **{name: x})
-            budget.check(method, picked.layers, setting)
-            points.append([x, budget.count(method, picked.layers, setting)])
-        except LabError:
-            continue
-    return {"knob": name, "points": points, "chosen": [value, row["count"]]}
-
-
-def by_block(method: Method, knobs: Any, picked: Picked, total: int) -> dict[str, Any]:
-    """Parameters of each block: {"blocks", "counts"}; what layers share stands in a block of its own."""
-    labels: dict[str, int] = {}
-    try:
-        each = {layer: method.count_layer(layer, knobs) for layer, _ in budget.shapes(picked.layers)}
-    except NotImplementedError:
-        return {"blocks": ["shared"], "counts": [total]}
-    by_shape = {(x.out, x.in_, x.kernel, x.role, x.bias): n for x, n in each.items()}
-    for number, (_, rows) in enumerate(picked.groups):
-        for row in sorted(rows, key=lambda row: (row.part, row.block)):  # a UNet lists its middle last
-            x = row.layer
-            tower = f"text encoder {number}" if number else row.part
-            label = f"{tower} {row.block}" if tower else f"block {row.block}"
-            labels[label] = labels.get(label, 0) + by_shape[(x.out, x.in_, x.kernel, x.role, x.bias)]
-    rest = total - sum(labels.values())
-    if rest > 0:
-        labels["shared"] = rest
-    return {"blocks": list(labels), "counts": list(labels.values())}
 
 
 # -- the link ------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_the_default_is_a_worked_example() -> None:
     lora, nola = report["rows"][0], report["rows"][2]
     assert nola["below_lora"] == pytest.approx(lora["count"] / nola["count"])
     assert nola["memory"]["training"] > nola["memory"]["adapter"] > 0
-    assert {"curve", "layers", "files"} == set(report["figures"])
+    assert {"curve", "layers", "kinds", "files"} == set(report["figures"])
 
 
 def test_equal_budget_solves_every_row_and_says_who_cannot() -> None:
@@ -125,8 +125,20 @@ def test_every_method_of_the_registry_can_be_shown() -> None:
 
 def test_blocks_add_up_to_the_count() -> None:
     report = budget_report.report({**SMALL, "methods": {"lora": {}, "vera": {}}})
-    for trace, row in zip(report["figures"]["layers"]["data"], report["rows"], strict=True):
-        assert sum(y or 0 for y in trace["y"]) == row["count"]
+    for by in ("layers", "kinds"):
+        for trace, row in zip(report["figures"][by]["data"], report["rows"], strict=True):
+            assert sum(y or 0 for y in trace["y"]) == row["count"]
+    [lora, _] = budget_report.report({**SMALL, "targets": ["q", "out"], "methods": {"lora": {}, "vera": {}}})[
+        "figures"
+    ]["kinds"]["data"]
+    assert (lora["x"], lora["y"]) == (["q", "out"], [12 * 4 * 2 * 768] * 2)
+
+
+def test_a_rank_that_costs_nothing_has_a_slider_too() -> None:
+    rows = budget_report.report({**SMALL, "budget": 20_000, "methods": {"nola": {"r": 3}}})["rows"]
+    slider = next(c for c in rows[0]["controls"] if c["name"] == "r")
+    assert (slider["size"], slider["high"], rows[0]["knobs"]["r"]) == (False, 768, 3)
+    assert abs(rows[0]["miss"]) <= 12
 
 
 # -- architectures that a visitor brings ---------------------------------------------------------------------

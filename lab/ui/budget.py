@@ -160,7 +160,7 @@ def calculator() -> str:
   <details class="explain"><summary>What is counted</summary><p>{e(memory.explain())}</p></details></section>
 <section class="charts">
   <div class="panel full"><h3>Parameters against rank</h3><div class="chart" data-figure="curve"></div></div>
-  <div class="panel"><h3>Parameters by block</h3><div class="chart" data-figure="layers"></div></div>
+  <div class="panel"><h3>Parameters by layer <select class="by" aria-label="layers summed by"><option value="layers">by block</option><option value="kinds">by kind of layer</option></select></h3><div class="chart by-layer" data-figure="layers"></div></div>
   <div class="panel"><h3>File sizes</h3><div class="chart" data-figure="files"></div></div>
 </section>
 <section class="panel"><h3>Take it along</h3><p class="hint">The link in the address bar brings back this state.</p>

@@ -150,9 +150,9 @@ function card(row) {
   }
   return node;
 }
-const set = (id, name, v) => change((s) => {
-  if (s.budget !== null) for (const r of shown.rows) s.methods[r.id] = { ...s.methods[r.id], ...sizes(r) };
-  s.budget = null;
+const set = (id, { name, size }, v) => change((s) => {
+  if (s.budget !== null && size) for (const r of shown.rows) s.methods[r.id] = { ...s.methods[r.id], ...sizes(r) };
+  if (size) s.budget = null;
   s.methods[id] = { ...s.methods[id], [name]: v };
 });
 const sizes = (row) => Object.fromEntries(row.controls.map((c) => [c.name, row.knobs[c.name]]).filter(([, v]) => v !== undefined));
@@ -168,9 +168,9 @@ function knob(row, spec) {
     const v = list.length ? list[Number(slider.value)] : Math.max(spec.low, Math.round(slider.value * 1000) / 1000);
     box.value = v;
     paint(slider);
-    if (JSON.stringify((state.methods[row.id] || {})[spec.name]) !== JSON.stringify(v)) set(row.id, spec.name, v);
+    if (JSON.stringify((state.methods[row.id] || {})[spec.name]) !== JSON.stringify(v)) set(row.id, spec, v);
   });
-  box.addEventListener("input", () => { if (box.value !== "") set(row.id, spec.name, Number(box.value)); });
+  box.addEventListener("input", () => { if (box.value !== "") set(row.id, spec, Number(box.value)); });
   return make("div", { class: "knob-line", data: { line: spec.name } }, make("b", { title: spec.help }, spec.name), slider, box);
 }
 function plain(row, k) {
@@ -245,11 +245,11 @@ function table() {
 /* ---- charts: drawn by static/charts.js; again when the tab is first shown and when the page changes its width ---- */
 const drawn = new Map();
 function charts() {
-  for (const [id, figure] of Object.entries(shown.figures)) {
-    const node = $(`.chart[data-figure="${id}"]`);
+  for (const node of element.querySelectorAll(".chart")) {
+    const id = node.dataset.figure, figure = shown.figures[id];
     if (!node.clientWidth) continue;
-    const key = `${node.clientWidth} ${JSON.stringify(figure)}`;
-    if (drawn.get(id) !== key) { drawn.set(id, key); Chart.draw(node, figure); }
+    const key = `${id} ${node.clientWidth} ${JSON.stringify(figure)}`;
+    if (drawn.get(node) !== key) { drawn.set(node, key); Chart.draw(node, figure); }
   }
 }
 new ResizeObserver(charts).observe($(".charts"));
@@ -285,6 +285,7 @@ function setUp() {
   $(".assume input.batch").addEventListener("input", (event) => { if (event.target.value) change((s) => { s.batch = event.target.value; }); });
   $(".assume input.size").addEventListener("input", (event) => { if (event.target.value) change((s) => { s.size = event.target.value / whole(); }); });
   $(".assume select.precision").addEventListener("change", (event) => change((s) => { s.precision = event.target.value; }));
+  $(".by").addEventListener("change", (event) => { $(".chart.by-layer").dataset.figure = event.target.value; charts(); });
   bringing(); copying(); equations();
 }
 function bringing() {
