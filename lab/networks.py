@@ -85,3 +85,17 @@ def move(part: nn.Module, device: torch.device) -> None:
     """Parameters stay the same objects: an optimizer goes on with them."""
     if next(part.parameters()).device != device:
         part.to(device)
+
+
+BACKEND = "inductor"  # of torch.compile
+
+
+def compile_blocks(unet: Any) -> None:
+    """Compile the UNet's repeated blocks, adapters and all; each is compiled when it is first called."""
+    unet.compile_repeated_blocks(backend=BACKEND)
+
+
+def uncompile(unet: nn.Module) -> None:
+    """Call the blocks as they are written again: the next adapter's are others."""
+    for module in unet.modules():
+        module._compiled_call_impl = None

@@ -14,10 +14,16 @@ from lab.errors import LabError
 from lab.networks import at_work, move
 
 BATCH = 16  # pictures of at most 512 pixels a side drawn at once; of larger ones as many as have their pixels
-OUT_OF_RANGE = (
-    "A picture came out as numbers out of range: the adapter's learning rate was probably too high, "
-    "or the base needs its fp16-fixed VAE or weights in bf16."
-)
+
+
+class OutOfRangeError(LabError):
+    """A picture whose numbers are not finite."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A picture came out as numbers out of range: the adapter's learning rate was probably too high, "
+            "or the base needs its fp16-fixed VAE or weights in bf16."
+        )
 
 
 @torch.no_grad()
@@ -64,7 +70,7 @@ def sample(
             torch.cuda.empty_cache()
             continue
         if not torch.isfinite(found).all():
-            raise LabError(OUT_OF_RANGE)
+            raise OutOfRangeError
         latents += list(found)
     return decode(pipe, torch.stack(latents), offload=offload)
 
@@ -136,7 +142,7 @@ def decode(pipe: Pipeline, latents: torch.Tensor, *, offload: bool = False) -> l
             for part in unscaled(vae, latents.float()).split(max(1, 2**17 // side**2)):
                 pixels = vae.decode(part.to(vae.dtype), return_dict=False)[0].float()
                 if not torch.isfinite(pixels).all():
-                    raise LabError(OUT_OF_RANGE)
+                    raise OutOfRangeError
                 pictures += pipe.image_processor.postprocess(pixels, output_type="pil")
         finally:
             if offload:
