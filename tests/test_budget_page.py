@@ -1,4 +1,4 @@
-"""The Budget tab: its plain functions, what it copies, and one visit in a real browser."""
+"""The Budget tab: its plain functions and what it copies (tests/browser/test_budget_tab.py visits it)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from lab.errors import LabError
 from lab.methods import METHODS
 from lab.plots import PLOTS
 from lab.ui import budget as tab
-from tests.browser import browser, chromium, server
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -342,48 +340,3 @@ def test_plots_draw_with_plotly_too(id: str) -> None:
     ]
     assert PLOTS[id].draw(records).data
     assert PLOTS[id].draw([]) is not None
-
-
-# -- in a browser ------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with server(tmp_path_factory.mktemp("home")) as found:
-        yield found
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (set LAB_CHROMIUM to its path)")
-def test_a_visit(address: str) -> None:
-    """A slider moves everything, the link brings it back, equal budget solves, a bad upload is one sentence."""
-    with browser() as chrome:
-        page = chrome.new_page(viewport={"width": 1280, "height": 1000})
-        problems: list[str] = []
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(f"{address}/?tab=budget")
-        count = page.locator('.bcard[data-method="lora"] .count')
-        count.wait_for(timeout=60_000)
-        before = count.inner_text()
-        assert page.locator(".results tbody tr").count() == 5
-        assert page.locator(".chart svg path").count() >= 5
-        page.locator('[data-knob="lora.r"]').focus()
-        page.keyboard.press("End")
-        page.wait_for_function(
-            "b => document.querySelector('.bcard[data-method=lora] .count').innerText !== b", arg=before
-        )
-        assert count.inner_text() == f"{640 * 1_451_520:,}"
-        assert "m=lora%3Ar%3D640" in page.url
-        page.goto(page.url)
-        page.locator('.bcard[data-method="lora"] .count', has_text="928,972,800").wait_for(timeout=60_000)
-        page.locator(".equal input[type=checkbox]").check()
-        page.locator(".equal input[type=number]").fill("94208")
-        page.locator('.bcard[data-method="lora"] .sub', has_text="LoRA's floor here is 1,451,520: rank 1").wait_for(
-            timeout=60_000
-        )
-        page.locator("details.bring summary").click()
-        page.locator(".drop input").set_input_files(
-            {"name": "config.json", "mimeType": "application/json", "buffer": b"{"}
-        )
-        page.locator(".told .notice.bad", has_text="is not JSON").wait_for(timeout=60_000)
-        page.locator('.copies [data-copy="csv"]').click()
-        page.locator("pre.copied", has_text="times_smaller_than_lora_r1").wait_for(timeout=60_000)
-        assert not problems
