@@ -1,7 +1,7 @@
 """What training an adapter takes in memory, estimated from the layer tables. Imports no torch.
 
 Counted: the model's weights; the adapter's trained numbers, their gradients and Adam's two moments, in float32; the
-adapter's frozen tensors (outer factors, projections); what the frozen model keeps for the backward pass of a batch,
+adapter's frozen tensors (outer factors, projections, bases kept between steps); what the frozen model keeps for the backward pass of a batch,
 found by passing fake tensors through it (lab/activations.py); what the adapters keep beside that; and the largest
 temporary tensors of the backward pass. Not counted: the framework itself, the memory that its allocator holds back,
 a pipeline's other parts (VAE, text encoders that are not trained), data, and what a kernel library keeps for itself.
@@ -21,6 +21,7 @@ from typing import Any
 from lab import budget
 from lab.architectures import Architecture, Row
 from lab.errors import LabError
+from lab.methods.own import OwnMethod
 from lab.methods.spec import Layer, Method
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "8 bit": 1.0, "4 bit": 0.5}  # of the frozen model's weights
@@ -193,15 +194,19 @@ def _rank(method: Method, layer: Layer, knobs: Any) -> int:
 
 
 def frozen(method: Method, layers: Sequence[Layer], knobs: Any) -> int:
-    """Bytes of the adapter's frozen tensors: outer factors and projections; none for most methods."""
-    shapes = getattr(method, "shapes", None)
-    if shapes is None or not method.own:
+    """Bytes of the adapter's frozen tensors: outer factors, projections, and bases kept between steps; none for most
+    methods."""
+    if not isinstance(method, OwnMethod):
         return 0
+    groups = budget.shapes(layers)
     try:
-        sizes = {layer: sum(math.prod(s) for s in shapes(layer, knobs).values()) for layer, _ in budget.shapes(layers)}
+        entries = sum(
+            times * sum(math.prod(s) for s in method.shapes(layer, knobs).values()) for layer, times in groups
+        )
     except NotImplementedError:
-        return 0
-    return TRAINED * sum(times * sizes[layer] for layer, times in budget.shapes(layers))
+        entries = 0
+    room = getattr(knobs, "cache_mib", 0) << 20
+    return TRAINED * entries + min(room, sum(times * method.cached(layer, knobs) for layer, times in groups))
 
 
 @functools.cache

@@ -220,19 +220,26 @@ def kept(id: str, m: int, n: int, tokens: int) -> float:
     if hasattr(method, "before_step"):
         method.before_step(model, 0, 4)
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), x]}
-    found: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.layout == torch.strided and tensor.untyped_storage()._cdata not in own:
-            storage = tensor.untyped_storage()
-            found[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return tensor
+    def forward() -> tuple[Any, dict[int, tuple[StorageWeakRef, int]]]:
+        found: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(x + 0.0)
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.layout == torch.strided and tensor.untyped_storage()._cdata not in own:
+                storage = tensor.untyped_storage()
+                found[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            return model(x + 0.0), found
+
+    first, found = forward()
     gc.collect()
-    alive = sum(size for storage, size in found.values() if not storage.expired())  # the rest went with its graph
-    del out
+    constants = {k for k, (ref, _) in found.items() if not ref.expired()}
+    second, found = forward()  # what it keeps again is no layer's: a transform's matrix, shared by all
+    gc.collect()
+    alive = sum(size for k, (ref, size) in found.items() if k not in constants and not ref.expired())
+    del first, second
     return alive / 4 - tokens * n  # the copy of x that `x + 0.0` made is the layer's input
 
 
@@ -250,10 +257,12 @@ def fit(ids: list[str]) -> int:
         basis = np.array([[t, t * m, t * n, m * n, n * n, m * m] for m, n, t in SHAPES], dtype=float)
         found = _nonnegative(basis, np.maximum(y, 0))
         made.append({"method": id, **{k: round(float(v), 3) for k, v in zip(memory.TERMS, found, strict=True)}})
+    rows: dict[str, dict[str, Any]] = {id: {"method": id, **terms} for id, terms in memory.profiles().items()}
+    rows.update((str(row["method"]), row) for row in made)
     with memory.PROFILES.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["method", *memory.TERMS], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(made)
+        writer.writerows(rows.values())
     return len(made)
 
 

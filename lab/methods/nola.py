@@ -96,6 +96,10 @@ class Nola(OwnMethod):
         return min(layer.m, layer.n) if layer.kernel else min(knobs.r, layer.m, layer.n)
 
     # -- the update ------------------------------------------------------------------------------------------
+    def cached(self, layer: Layer, knobs: NolaKnobs) -> int:
+        a, b, both = knobs.r * layer.n, layer.m * knobs.r, knobs.k + knobs.l
+        return 4 * a + (8 * both + a + b if knobs.basis == "hadamard" else knobs.k * a + knobs.l * b)
+
     def init(self, start: Start, knobs: NolaKnobs) -> Tensors:
         return Tensors({"alpha": start.zeros(knobs.k), "beta": start.zeros(knobs.l)})
 

@@ -148,6 +148,10 @@ class OwnMethod(Method):
         """Shapes of stored frozen tensors, for loading them without data. Needed where `stores` may be true."""
         raise NotImplementedError(f"{type(self).__name__} must give the shapes of the tensors it stores")
 
+    def cached(self, layer: Layer, knobs: Any) -> int:
+        """Bytes that the layer's basis keeps between steps, where the setting `cache_mib` leaves room for it."""
+        return 0
+
     def trained_shapes(self, layer: Layer, knobs: Any) -> dict[str, tuple[int, ...]]:
         """Shapes of the trained tensors, for the same case."""
         raise NotImplementedError(f"{type(self).__name__} must give the shapes of its trained tensors")
@@ -223,5 +227,7 @@ class OwnMethod(Method):
             config.statistics = _statistics.measure(model, config, need, calibrate)
         if isinstance(model, PeftModel):
             model.add_adapter(adapter_name, config)
-            return model
-        return get_peft_model(model, config, adapter_name=adapter_name)
+        else:
+            model = get_peft_model(model, config, adapter_name=adapter_name)
+        config.statistics = None  # as large as the adapted weights, and used up
+        return model

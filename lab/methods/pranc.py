@@ -62,6 +62,10 @@ class Pranc(OwnMethod):
     def count_layer(self, layer: Layer, knobs: PrancKnobs) -> int:
         return knobs.k
 
+    def cached(self, layer: Layer, knobs: PrancKnobs) -> int:
+        entries = layer.m * layer.n
+        return knobs.k * entries if self.kind_of_basis(layer, knobs) == "uniform" else 8 * knobs.k + entries
+
     def init(self, start: Start, knobs: PrancKnobs) -> Tensors:
         return Tensors({"alpha": start.zeros(knobs.k)})
 

@@ -61,6 +61,10 @@ class Salt(OwnMethod):
     def derived(self, knobs: SaltKnobs) -> tuple[str, ...]:
         return ("U", "V")
 
+    def shapes(self, layer: Layer, knobs: SaltKnobs) -> dict[str, tuple[int, ...]]:
+        p = min(layer.m, layer.n)
+        return {"U": (layer.m, p), "S": (p,), "V": (p, layer.n)}
+
     def init(self, start: Start, knobs: SaltKnobs) -> Tensors:
         from lab import svd
 
