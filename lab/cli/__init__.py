@@ -99,3 +99,9 @@ def parse_numbers(text: str, what: str) -> list[int]:
     if not numbers:
         raise LabError(f"{what} takes whole numbers between commas, as 0,1,2, got '{text}'.")
     return numbers
+
+
+def progress(done: int, total: int, phase: str = "") -> None:
+    """A task's `report` for a person who waits at a terminal: one line on standard error, nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r{phase} {done} of {total}\033[K", end="", file=sys.stderr, flush=True)

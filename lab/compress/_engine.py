@@ -162,7 +162,7 @@ def _fill_and_save(
         for config in model.peft_config.values():
             config.base_model_name_or_path, config.inference_mode = base, True
         out.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(out, save_embedding_layers=False)
+        model.save_pretrained(str(out), save_embedding_layers=False)
     finally:
         model.unload()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 
@@ -16,6 +18,8 @@ Map = Callable[[torch.Tensor], torch.Tensor]
 
 class Affine:
     """x (size,) → f(x) = constant + linear(x), with the transpose of the linear part by a backward pass through one graph."""
+
+    rows: torch.Tensor | None = None
 
     def __init__(self, f: Map, size: int) -> None:
         self.size = size
@@ -46,6 +50,23 @@ class Affine:
         made._f = lambda x: forward(self(x))
         made._back = lambda g: self._back(backward(g))
         return made
+
+    def written_out(self) -> Affine:
+        """The same in double precision with its linear part as a matrix: for small ones, of which many products are taken."""
+        rows = torch.stack([self.linear(row) for row in torch.eye(self.size)]).double()  # (size, …)
+        made = object.__new__(Affine)
+        made.size, made.constant, made.rows = self.size, self.constant.double(), rows
+        made._f = lambda x: made.constant + torch.tensordot(x.double(), rows, 1)
+        made._back = lambda g: rows.flatten(1) @ g.double().flatten()
+        return made
+
+
+def solve_directly(f: Affine, forward: Map, goal: torch.Tensor) -> torch.Tensor:
+    """x of smallest ‖forward(f(x)) − goal‖ for a linear `forward` that takes leading axes; of smallest norm where there
+    are many (complete orthogonal factorisation)."""
+    assert f.rows is not None
+    left = (goal - forward(f.constant)).flatten()
+    return torch.linalg.lstsq(forward(f.rows).flatten(1).T, left[:, None]).solution[:, 0]
 
 
 def solve(
@@ -97,12 +118,15 @@ def _square(x: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def own_cache() -> Generator[None]:
-    """An empty cache of bases: layers come one after the other, many products each, and have it to themselves."""
+def own_cache(knobs: Any) -> Generator[Any]:
+    """The settings with room for one layer's bases, and an empty cache: layers come one after the other, many products
+    each, and have it to themselves."""
     from lab.methods import _basis
 
+    roomy = copy.copy(knobs)  # with its seed, which is no field
+    roomy.cache_mib = CACHE_MIB
     before, _basis.cache = _basis.cache, _basis.Cache()
     try:
-        yield
+        yield roomy
     finally:
         _basis.cache = before

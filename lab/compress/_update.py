@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +22,12 @@ class Matrix:
 
     def full(self) -> torch.Tensor:
         return self.left if self.right is None else self.left @ self.right
+
+    def scaled(self, factor: float) -> Matrix:
+        return Matrix(self.left * factor, self.right)
+
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(x).all()) for x in (self.left, self.right) if x is not None)
 
     def times(self, Q: torch.Tensor) -> torch.Tensor:
         """X·Q."""
@@ -78,7 +85,8 @@ class Goal:
         """The base's W (m, n), float32, on the CPU."""
         from lab.methods._layer import as_matrix
 
-        return as_matrix(self.base, self.base.weight.detach()).float().cpu()  # type: ignore[arg-type]
+        base: Any = self.base
+        return as_matrix(base, base.weight.detach()).float().cpu()
 
 
 def rounded(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -12,17 +12,19 @@ from lab.errors import LabError
 if TYPE_CHECKING:
     import torch
 
+    from lab.compress._least_squares import Affine
     from lab.compress._update import Goal, Matrix
 
 RANKS = (1, 2, 4, 8, 16, 32)  # tried within a budget: r costs no parameters
 PROBED = 4  # layers, those of the largest updates, on which the ranks are compared
 ROUNDS, STEPS = 60, 12  # of alternation, and of conjugate gradients in each half, which begin where the last ones ended
+DIRECT = 1 << 27  # coefficients squared times entries, of a half, up to which it is solved directly
 SETTLED = 5e-4  # the alternation ends when a round takes off less than this share of the squared error
 
 
 class NolaFit(Fit):
-    """With α fixed, β is a linear least-squares problem, and the other way round; each half is solved by conjugate
-    gradients through the method's own code, on r columns instead of n: with Aᵀ = QR, ‖B·A − ΔW‖ and ‖B·Rᵀ − ΔW·Q‖
+    """With α fixed, β is a linear least-squares problem, and the other way round; each half is solved on r columns
+    instead of n: with Aᵀ = QR, ‖B·A − ΔW‖ and ‖B·Rᵀ − ΔW·Q‖
     differ by a constant.
 
     It starts at the α whose A lies nearest to the r leading right singular vectors of ΔW, i.e. of smallest
@@ -58,25 +60,28 @@ class NolaFit(Fit):
         return min(plans, key=lambda plan: sum(self._alternate(goal, plan.knobs)[0] for goal in strongest))
 
     def solve(self, goal: Goal, t: Mapping[str, torch.Tensor], knobs: Any) -> dict[str, torch.Tensor]:
+        from lab.compress._update import rounded
+
         _, alpha, beta = self._alternate(goal, knobs)
-        return {"alpha": alpha, "beta": beta}
+        return dict(zip(("alpha", "beta"), rounded(alpha, beta), strict=True))
 
     def _alternate(self, goal: Goal, knobs: Any) -> tuple[float, torch.Tensor, torch.Tensor]:
         """(squared error, α, β)."""
-        from lab.compress._least_squares import CACHE_MIB, own_cache
+        from lab.compress._least_squares import own_cache
         from lab.compress._update import Matrix
 
         method: Any = self.method
         X, shape = goal.matrix(), method.shape(goal.layer)
         if shape != (goal.layer.m, goal.layer.n):  # a convolution, in its own near-square shape
             X = Matrix(X.full().reshape(shape))
-        with own_cache():
-            problem = _Problem(method, goal.layer, replace(knobs, cache_mib=CACHE_MIB), X)
+        with own_cache(knobs) as roomy:
+            problem = _Problem(method, goal.layer, roomy, X)
             return problem.descend(problem.aligned())
 
 
 class _Problem:
-    """One layer's two halves."""
+    """One layer's two halves, through the method's own code: its bases written out where they are small, each half then
+    solved directly, in double precision; else products with them, and conjugate gradients."""
 
     def __init__(self, method: Any, layer: Any, knobs: Any, X: Matrix) -> None:
         import torch
@@ -90,51 +95,55 @@ class _Problem:
             return Affine(lambda x: method.combined({**zeros, name: x}, knobs, layer)[which], zeros[name].numel())
 
         self.A, self.B = part("alpha", 1), part("beta", 0)
+        self.direct = max(f.size**2 * f.constant.numel() for f in (self.A, self.B)) <= DIRECT
+        if self.direct:
+            self.A, self.B = self.A.written_out(), self.B.written_out()
 
     def aligned(self) -> torch.Tensor:
         """α with the rows of A nearest to the span of the r leading right singular vectors."""
-        import torch
-
-        from lab.compress._least_squares import solve
-
-        Q = self.X.svd()[2][: self.r].T.float()
+        Q = self.X.svd()[2][: self.r].T.to(self.A.constant.dtype)
 
         def outside(A: torch.Tensor) -> torch.Tensor:  # a projection: its own transpose
             return A - (A @ Q) @ Q.T
 
-        return solve(self.A.then(outside, outside), torch.zeros(()), passes=3)
+        return self._least(self.A, outside, outside, Q.new_zeros(()), None, passes=3)
 
     def descend(self, alpha: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
-        import torch
-
-        beta, last = torch.zeros(self.B.size), float("inf")
+        beta, last, error = None, float("inf"), self.whole
         for _ in range(ROUNDS):
             beta = self._beta(alpha, beta)
             alpha, error = self._alpha(alpha, beta)
-            if not error < (1 - SETTLED) * last or error <= 1e-12 * self.whole:
+            if not error < (1 - SETTLED) * last or error <= 1e-13 * self.whole:
                 break
             last = error
+        assert beta is not None
         return error, alpha, beta
 
-    def _beta(self, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    def _least(
+        self, f: Affine, forward: Any, backward: Any, goal: torch.Tensor, start: torch.Tensor | None, passes: int = 1
+    ) -> torch.Tensor:
+        """x of smallest ‖forward(f(x)) − goal‖."""
+        from lab.compress._least_squares import solve, solve_directly
+
+        if self.direct:
+            return solve_directly(f, forward, goal)
+        return solve(f.then(forward, backward), goal.float(), start, steps=STEPS * passes, passes=passes)
+
+    def _beta(self, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
         """argmin ‖B(β)·Rᵀ − X·Q‖ with (A₀ + A(α))ᵀ = Q·R."""
         import torch
 
-        from lab.compress._least_squares import solve
-
         Q, R = torch.linalg.qr(self.A(alpha).double().T)
-        R = R.float()
-        return solve(self.B.then(lambda B: B @ R.T, lambda G: G @ R), self.X.times(Q).float(), beta, steps=STEPS)
+        r = R.to(self.B.constant.dtype)
+        return self._least(self.B, lambda B: B @ r.T, lambda G: G @ r, self.X.times(Q), beta)
 
     def _alpha(self, alpha: torch.Tensor, beta: torch.Tensor) -> tuple[torch.Tensor, float]:
         """(argmin ‖R·(A₀ + A(α)) − QᵀX‖ with B(β) = Q·R, the whole squared error there)."""
         import torch
 
-        from lab.compress._least_squares import solve
-
         Q, R = torch.linalg.qr(self.B(beta).double())
-        r, inside = R.float(), self.X.transposed_times(Q).T
-        alpha = solve(self.A.then(lambda A: r @ A, lambda G: r.T @ G), inside.float(), alpha, steps=STEPS)
+        r, inside = R.to(self.A.constant.dtype), self.X.transposed_times(Q).T
+        alpha = self._least(self.A, lambda A: r @ A, lambda G: r.T @ G, inside, alpha)
         made = R @ self.A(alpha).double()
         lost = max(0.0, self.whole - float(inside.square().sum()))
         return alpha, float((made - inside).square().sum()) + lost

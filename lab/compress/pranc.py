@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lab.compress import Fit, register
@@ -22,11 +21,10 @@ class PrancFit(Fit):
     how = "linear least squares over the pseudo-random basis"
 
     def solve(self, goal: Goal, t: Mapping[str, torch.Tensor], knobs: Any) -> dict[str, torch.Tensor]:
-        from lab.compress._least_squares import CACHE_MIB, Affine, own_cache, solve
+        from lab.compress._least_squares import Affine, own_cache, solve
 
         method: Any = self.method
-        roomy = replace(knobs, cache_mib=CACHE_MIB)
-        with own_cache():
+        with own_cache(knobs) as roomy:
             update = Affine(lambda alpha: method.delta({"alpha": alpha}, roomy, goal.layer), knobs.k)
             return {"alpha": solve(update, goal.matrix().full().float(), passes=4)}
 
