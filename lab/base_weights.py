@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab.bases import BASES, Base, resolve
 from lab.errors import LabError
+from lab.kohya import in_text_model
 
 if TYPE_CHECKING:
     import torch
@@ -100,10 +101,16 @@ def _in_files(folder: Path, variant: str | None) -> dict[str, tuple[Path, str, S
         for file in plain or files:
             for key, shape in _header(file).items():
                 if key.endswith(".weight") and len(shape) in (2, 4):
-                    places[prefix + key.removesuffix(".weight")] = (file, key, shape)
+                    places[_layer(prefix, key)] = (file, key, shape)
     if not places:
         raise LabError(f"{folder.name} holds no safetensors weights.")
     return places
+
+
+def _layer(prefix: str, key: str) -> str:
+    """A weight's layer as adapter files call it."""
+    name = key.removesuffix(".weight")
+    return prefix + (in_text_model(name) if prefix else name)
 
 
 def _header(file: Path) -> dict[str, Shape]:
@@ -123,5 +130,5 @@ def _in_model(row: Base) -> dict[str, tuple[dict[str, torch.Tensor], str, Shape]
         state = part.state_dict()
         for key, value in state.items():
             if key.endswith(".weight") and value.dim() in (2, 4):
-                places[prefix + key.removesuffix(".weight")] = (state, key, tuple(value.shape))
+                places[_layer(prefix, key)] = (state, key, tuple(value.shape))
     return places

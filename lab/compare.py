@@ -115,7 +115,7 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
             )
         else:
             said.append(f"{first['name']} is {gap:.3f} above {second['name']}, beyond the spread ({noise:.3f}).")
-    small = [r for r in trained if r["size_ratio"] and r["size_ratio"] < 1]
+    small = [r for r in trained if r["size_ratio"] and r["size_ratio"] < 1 and r["lr"] is not None]  # not those brought
     said += [f"{r['name']} trains {r['size_ratio']:.0%} of LoRA's parameters." for r in small]
     return said
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from lab import columns
 from lab.errors import LabError
 from lab.files import write_atomic, write_json
 from lab.images import read_folder
@@ -24,8 +25,15 @@ def run_name(planned: PlannedRun) -> str:
     return f"{planned.method}-s{planned.seed}"
 
 
-def start(out: Path, task_id: str, spec: dict[str, Any], pictures: Sequence[Image.Image]) -> dict[str, Any]:
-    """Write spec and inputs; the checked spec. Raises LabError when the folder holds another comparison."""
+def start(
+    out: Path,
+    task_id: str,
+    spec: dict[str, Any],
+    pictures: Sequence[Image.Image],
+    adapters: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """Write spec and inputs, and the adapters that stand beside the methods; the checked spec. Raises LabError when the
+    folder holds another comparison."""
     spec = TASKS[task_id].check(spec | {"pictures": len(pictures)})
     before = out / "spec.json"
     if before.exists():
@@ -36,6 +44,7 @@ def start(out: Path, task_id: str, spec: dict[str, Any], pictures: Sequence[Imag
         return spec
     if out.exists() and any(out.iterdir()):
         raise LabError(f"{out} is not empty: choose another folder.")
+    columns.keep(adapters or {}, out)
     for number, picture in enumerate(pictures):
         path = out / "inputs" / f"{number:03d}.png"
         write_atomic(path, lambda aside, picture=picture: picture.convert("RGB").save(aside, format="PNG"))

@@ -116,3 +116,20 @@ def test_pictures_that_are_missing_or_too_few(folder: Path, tmp_path: Path, caps
     (folder / "1.jpg").write_text("not a picture")
     assert main(["subject", str(folder), *rest]) == 2
     assert "1.jpg" in capsys.readouterr().err
+
+
+def test_an_adapter_beside_the_methods(
+    small_sdxl: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["subject", str(folder), "--class-word", "fox", "--base", "small-sdxl", *FAST, "--prompt", "a {subject}"]
+    assert main([*words, "--method", "lora", "--out", str(tmp_path / "first")]) == 0
+    adapter = tmp_path / "first" / "runs" / "lora-s3" / "adapter"
+    capsys.readouterr()
+    assert main([*words, "--adapter", str(adapter), "--out", str(tmp_path / "second"), "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (run["method"], run["state"], run["train_seconds"]) == ("lora-s3", "done", None)
+    assert run["trainable_parameters"] > 0
+    assert main([*words, "--adapter", str(adapter), "--out", str(tmp_path / "second")]) == 0  # as a table, all done
+    assert "lora-s3" in capsys.readouterr().out
+    assert main([*words, "--adapter", "old.ckpt", "--out", str(tmp_path / "third")]) == 2
+    assert "There is no adapter 'old.ckpt'" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from lab.kohya import in_text_model
+
 # Endings of tensors' names → what they are. Longest first: "x.lora.down.weight" also ends in ".down.weight".
 _ENDINGS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",
@@ -86,7 +88,8 @@ def layer(stem: str, layers_a_block: int = 2) -> str:
         if stem.startswith(prefix):
             return unet_layer(_without_processor(stem.removeprefix(prefix)), layers_a_block)
     if stem.startswith("text_encoder"):
-        return _without_processor(stem, ("q_proj", "k_proj", "v_proj", "out_proj"))
+        part, _, inner = _without_processor(stem, ("q_proj", "k_proj", "v_proj", "out_proj")).partition(".")
+        return f"{part}.{in_text_model(inner)}"
     return unet_layer(_without_processor(stem), layers_a_block)
 
 

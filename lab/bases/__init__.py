@@ -94,6 +94,10 @@ class Base:
         """
         return self._loader().load(self, device, dtype, told)
 
+    def loaded(self) -> Any:
+        """The model where it is loaded already, on whatever device and in whatever dtype, else None."""
+        return getattr(self._loader(), "loaded", lambda _: None)(self)
+
     def forget(self) -> None:
         """Let go of a loaded model, so that the next `load` reads it again."""
         self._loader().forget()

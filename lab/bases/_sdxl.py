@@ -50,6 +50,11 @@ def load(
     return _kept[0][1]
 
 
+def loaded(base: Base) -> Any:
+    """The pipeline that is kept, if it is this base's."""
+    return next((pipe for key, pipe in _kept if key[:3] == (base.source, base.variant, base.vae)), None)
+
+
 def forget() -> None:
     """Let go of the pipeline that is kept."""
     _kept.clear()

@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--method", action="append", metavar="ID", help="a method to compare (default lora and nora)")
     parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an adapter you have (LoRA file of any program, PEFT folder) to stand beside them; alone, nothing is trained",
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="METHOD.KNOB=VALUE", help="a method's setting, as nora.r_inner=4"
     )
     parser.add_argument("--budget", type=int, metavar="N", help="give every method about N trainable parameters")
@@ -77,12 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from lab import compare, comparison
+    from lab import columns, compare, comparison
 
     paths, card = find(args.images)
-    spec = to_spec(args, paths, card)
+    adapters = columns.of_files(args.adapter)
+    spec = to_spec(args, paths, card) | {"adapters": list(adapters)}
     pictures = read(paths)
-    spec = comparison.start(args.out, "subject", spec, pictures)
+    spec = comparison.start(args.out, "subject", spec, pictures, adapters)
     runs = comparison.run_all(args.out, "subject", spec, progress)
     trained = [run for run in runs if run["method"] != "base"]
     if all(run["state"] == "failed" for run in trained):
@@ -153,7 +161,7 @@ def captions(paths: list[Path]) -> list[str] | None:
 def to_spec(args: argparse.Namespace, paths: list[Path], card: dict[str, Any]) -> dict[str, Any]:
     """The task's spec, from what was typed."""
     settings = parse_settings(args.set)
-    chosen = args.method or ["lora", "nora"]
+    chosen = args.method or ([] if args.adapter else ["lora", "nora"])
     shared = settings.pop("", {})
     for method in settings:
         if method not in chosen:
@@ -197,25 +205,30 @@ def progress(planned: Any) -> Callable[..., None]:
             bar = f"{'█' * done}{'░' * (24 - done)}"
             line = f"{name:<16} {bar} {step}/{steps}  {time.monotonic() - began:5.0f} s  {phase}{loss}"
             print(f"\r{line:<110}", end="\n" if phase == "scoring" else "", file=sys.stderr, flush=True)
-        elif phase != last[0]:
-            last[0] = phase
+        elif phase.partition(" … ")[0] != last[0]:  # a download's numbers come several times a second
+            last[0] = phase.partition(" … ")[0]
             print(f"{name}: {phase} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
 
     return report
+
+
+def _score(value: float | None) -> str:
+    return f"{'–' if value is None else f'{value:.3f}':>9}"
 
 
 def show(result: dict[str, Any]) -> None:
     """Print the comparison as a table."""
     print(f"{'method':<14}{'seed':>5}{'parameters':>12}{'file':>10}{'train':>9}{'CLIP-I':>9}{'CLIP-T':>9}")
     if result["base"]:
-        print(f"{'base':<50}{result['base']['clip_i']:>18.3f}{result['base']['clip_t']:>9.3f}"[:68])
+        print(f"{'base':<50}{_score(result['base']['clip_i'])}{_score(result['base']['clip_t'])}")
     for run in result["runs"]:
         if run["state"] != "done":
             print(f"{run['method']:<14}{run['seed']:>5}  {run['state']}: {run['message']}")
             continue
         file = f"{run['adapter_bytes'] / 1000:.0f} kB"
+        spent = "–" if run["train_seconds"] is None else f"{run['train_seconds']:.0f} s"  # trained elsewhere
         print(
             f"{run['method']:<14}{run['seed']:>5}{run['trainable_parameters']:>12,}{file:>10}"
-            f"{run['train_seconds']:>7.0f} s{run['clip_i']:>9.3f}{run['clip_t']:>9.3f}"
+            f"{spent:>9}{_score(run['clip_i'])}{_score(run['clip_t'])}"
         )
     print("\n".join(["", *result["verdicts"], "", *result["files"]]))

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from lab import device as devices
-from lab import hub, metrics, preflight, svd
+from lab import columns, hub, metrics, preflight, svd
 from lab.bases import resolve
 from lab.diffusion import embed, encode_pictures, encode_prompts, training_schedule
 from lab.errors import LabError
@@ -24,11 +24,11 @@ from lab.files import write_atomic, write_json
 from lab.images import bucket_step, framed, read_folder, strip
 from lab.jobs import disk
 from lab.methods import METHODS
-from lab.networks import ENCODERS, at_work, network
+from lab.networks import ENCODERS, at_work, compile_blocks, network, uncompile
 from lab.record import record
-from lab.sampling import sample
+from lab.sampling import OutOfRangeError, sample
 from lab.targets import modules
-from lab.tasks import PlannedRun, Report
+from lab.tasks import Cancelled, PlannedRun, Report
 from lab.tasks._dreambooth import DreamBooth
 from lab.tasks.subject import DEFAULTS, check_count, instance_prompts, prompts
 from lab.train import Settings, train
@@ -48,6 +48,8 @@ def run(spec: dict[str, Any], planned: PlannedRun, inputs: Path, folder: Path, r
     write_json(folder / "meta.json", record(spec, planned, devices.describe(subject.device)))
     if planned.method == "base":
         return {"method": "base", "seed": planned.seed, "knobs": {}} | subject.draw_and_score()
+    if planned.method in spec["adapters"]:
+        return subject.lay_and_score()
     return subject.train_and_score()
 
 
@@ -80,7 +82,7 @@ class Run:
     def _fetching(self, done: int, total: int) -> None:
         """How far the base's download is, in megabytes; in words alone where the run counts training steps."""
         phase = hub.phase(self.base.name, done, total)
-        if self.planned.method == "base":
+        if self.planned.method not in METHODS:
             self.tell(done // 10**6, max(1, total // 10**6), phase=phase)
         else:
             self.report(phase)
@@ -127,6 +129,26 @@ class Run:
             "drift": drift,
         } | drawn
 
+    def lay_and_score(self) -> dict[str, Any]:
+        """Draw and score with an adapter that was there before, untrained."""
+        texts, seeds = self.spec["unrelated_prompts"], [UNRELATED_SEED] * len(self.spec["unrelated_prompts"])
+        before = self._made_once("unrelated", texts, seeds, "drawing unrelated prompts") if texts else []
+        with columns.laid(self.base, self.pipe, self.shared, self.planned.method) as file:
+            self.text_adapted = any(layer.startswith("text_encoder") for layer in file.updates)
+            drawn = self.draw_and_score()
+            scorer, drift = self._scorer(), None
+            if scorer and before:
+                drift = metrics.drift(scorer, before, self._draw(texts, seeds, "drawing unrelated prompts"))
+        return {
+            "method": self.planned.method,
+            "seed": self.planned.seed,
+            "knobs": {"kind": file.kind, "rank": file.rank},
+            "brought": True,  # what was trained elsewhere: its time and memory are not known here
+            "trainable_parameters": file.parameters,
+            "adapter_bytes": file.bytes,
+            "drift": drift,
+        } | drawn
+
     # -- training --------------------------------------------------------------------------------------
     def _preflight(self, model: Any, objective: DreamBooth, settings: Settings) -> str:
         """Whether the run fits, in words, measured before its first step. Raises LabError where it does not."""
@@ -136,7 +158,13 @@ class Run:
         else:
             self.report("measuring one step's memory")
             change = partial(preflight.changes, self.spec, self.trainable)
-            flight = preflight.fly(model, METHODS[self.planned.method], objective, settings, change)
+            try:
+                flight = preflight.fly(model, METHODS[self.planned.method], objective, settings, change)
+            except Exception as error:  # the compiler's errors have no common class
+                if not self.spec["compile"] or isinstance(error, LabError | Cancelled):
+                    raise
+                what = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+                raise LabError(f"The UNet cannot be compiled here ({what}): leave compile off.") from error
             told = flight.sentence
             write_json(path, {"told": told, "peak_bytes": flight.peak, "available_bytes": flight.available})
         self.report(told)
@@ -212,6 +240,8 @@ class Run:
                 )
                 names, knobs = modules(whole, self.spec["targets"]), method.knobs.parse(planned.knobs)
                 model = method.attach(whole, knobs, names, seed=planned.seed, calibrate=calibrate)
+                if self.spec["compile"]:
+                    compile_blocks(unet)
         except BaseException:
             self.base.forget()  # it may be half changed
             raise
@@ -224,6 +254,7 @@ class Run:
 
     def _detach(self, model: Any) -> None:
         """Leave the base, which other runs share, as it was."""
+        uncompile(self.pipe.unet)
         model.unload()
         self.text_adapted = False
         self.pipe.unet.disable_gradient_checkpointing()
@@ -264,22 +295,36 @@ class Run:
             known |= encode_prompts(self.pipe, missing)
 
         def on_step(done: int, every: int) -> None:
-            if phase and self.planned.method == "base":  # drawing is all that this run does
+            if phase and self.planned.method not in METHODS:  # drawing is all that this run does
                 self.tell(done, every, phase=phase)
             elif phase:
                 self.report(phase, drawn=done / every)
 
-        return sample(
-            self.pipe,
-            [known[text] for text in texts],
-            list(seeds),
-            known[""],
-            steps=steps or self.spec["sampling_steps"],
-            guidance=self.spec["guidance"],
-            resolution=self.resolution,
-            offload=self.spec["offload"],
-            on_step=on_step,
-        )
+        try:
+            return sample(
+                self.pipe,
+                [known[text] for text in texts],
+                list(seeds),
+                known[""],
+                steps=steps or self.spec["sampling_steps"],
+                guidance=self.spec["guidance"],
+                resolution=self.resolution,
+                offload=self.spec["offload"],
+                on_step=on_step,
+            )
+        except OutOfRangeError as error:
+            raise LabError(self._out_of_range()) from error
+
+    def _out_of_range(self) -> str:
+        if not self.step:
+            cause = (
+                "the base gives them before any training: hold its weights in fp32 or bf16, or take its fp16-fixed VAE"
+            )
+            return f"The pictures come out as numbers out of range; {cause}."
+        rate = self.spec["lr"][self.planned.method]
+        cause = f"the learning rate {rate:g} is probably too high: try {rate / 4:.1g}"
+        steps = self.spec["steps"]
+        return f"After step {self.step} of {steps} the pictures come out as numbers out of range; {cause}."
 
     def _scorer(self) -> metrics.Scorer | None:
         """None where it cannot be had, as without a network: hours of training are not thrown away for a score."""

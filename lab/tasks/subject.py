@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lab import columns
 from lab.bases import BASES, Base, resolve
 from lab.errors import LabError
 from lab.methods import METHODS, Layer, Method
@@ -31,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "captions": None,
     "crops": None,
     "methods": {"lora": {}, "nora": {}},
+    "adapters": [],  # names of adapters to lay beside the methods, untrained: see lab/columns.py
     "targets": None,
     "seeds": [0, 1],
     "steps": 500,
@@ -92,7 +94,9 @@ class Subject:
         full |= {"base": base.id, "targets": full["targets"] or base.targets}
         _check_words(full)
         _check_numbers(full, base)
-        full["methods"] = {id: _knobs(base, METHODS[id], knobs) for id, knobs in _methods(full["methods"]).items()}
+        full["adapters"] = columns.checked(full["adapters"])
+        if full["methods"] or not full["adapters"]:
+            full["methods"] = {id: _knobs(base, METHODS[id], knobs) for id, knobs in _methods(full["methods"]).items()}
         full["lr"] = _learning_rates(base, full["methods"], full["lr"])
         roles(full["targets"])
         if full["budget"] is not None:
@@ -102,10 +106,11 @@ class Subject:
         return full
 
     def plan(self, spec: dict[str, Any]) -> list[PlannedRun]:
-        """The base's run, then every method at the first seed, then at the next."""
+        """The base's run, those of adapters that are there already, then every method at the first seed, then at the next."""
         methods = spec["methods"].items()
         return [
             PlannedRun("base", 0),
+            *(PlannedRun(name, spec["seeds"][0]) for name in spec.get("adapters", [])),
             *(PlannedRun(id, seed, knobs) for seed in spec["seeds"] for id, knobs in methods),
         ]
 
