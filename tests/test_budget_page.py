@@ -139,6 +139,24 @@ def test_a_rank_that_costs_nothing_has_a_slider_too() -> None:
     assert abs(rows[0]["miss"]) <= 12
 
 
+def test_the_whole_tab_answers_before_torch_is_imported(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from lab.ui.page import application
+application({str(tmp_path)!r})
+from lab.ui import budget as tab
+state = tab.budget_report_({SMALL | {"budget": 50_000}!r})["state"]
+texts = [tab.budget_copy_({{"state": state, "what": what}}) for what in ("csv", "markdown", "peft", "command")]
+brought = tab.budget_bring({{"kind": "table", "text": "q 64 32 times 3"}})
+eq = tab.budget_equations(dict(L=32, q=2, n=4096, r=16, r_out=2000, r_in=16))
+assert all("text" in t for t in texts) and "id" in brought and eq["lora"] and tab.initial() and tab.calculator()
+assert "state" in tab.budget_link({{"arch": "gpt2", "budget": "9000"}})
+print([name for name in ("torch", "diffusers", "open_clip", "transformers", "peft") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip().splitlines()[-1] == "[]", done.stderr[-2000:]
+
+
 # -- architectures that a visitor brings ---------------------------------------------------------------------
 def test_a_pasted_table_is_an_architecture_of_the_page() -> None:
     answer = tab.budget_bring({"kind": "table", "text": "q 64 32 times 3\nup 128 32"})
