@@ -15,7 +15,7 @@ import re
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -144,9 +144,17 @@ class Store:
         self._table.close()
 
     # -- submitting --------------------------------------------------------------------------------------
-    def submit(self, owner: str, task_id: str, spec: dict[str, Any], images: list[Image.Image]) -> str:
+    def submit(
+        self,
+        owner: str,
+        task_id: str,
+        spec: dict[str, Any],
+        images: list[Image.Image],
+        files: Mapping[str, Path] | None = None,
+    ) -> str:
         """Queue a comparison: one run for each that the task plans. Returns the comparison's id.
 
+        `files` are further inputs by their names in the comparison's inputs, which come from code, never from outside.
         The pictures are written first, to a folder that nothing else sees; it becomes the comparison's in the
         transaction that writes the rows, so a crash at any point leaves either all of it or nothing.
         Raises LabError: bad spec, a limit reached, disk full.
@@ -164,7 +172,7 @@ class Store:
             raise LabError(f"The settings are too long: {len(text)} characters, at most 100000; shorten the captions.")
         check_room(self._table, self.home, owner, len(planned))
         try:
-            return self._submit(owner, task_id, spec, text, planned, images)
+            return self._submit(owner, task_id, spec, text, planned, images, files)
         except (OSError, sqlite3.Error) as error:
             if disk.is_full(error):
                 raise LabError(
@@ -180,13 +188,14 @@ class Store:
         text: str,
         planned: list[PlannedRun],
         images: list[Image.Image],
+        files: Mapping[str, Path] | None,
     ) -> str:
         cid, now = new_id(), time.time()
         title = _title(task_id, spec, planned)
         incoming, folder = self.home / "incoming" / cid, self._folder(cid)
         folder.parent.mkdir(mode=0o700, exist_ok=True)
         try:
-            write_inputs(incoming, text, images)
+            write_inputs(incoming, text, images, files)
             size = disk.size(incoming)
             with self._table.transaction():
                 check_room(self._table, self.home, owner, len(planned))  # again: others submit at the same time

@@ -10,10 +10,12 @@ worker-<device>.lock  .log        held by the device's one worker
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,14 +51,21 @@ def folder_name(run: PlannedRun) -> str:
     return f"{run.method}-s{run.seed}"
 
 
-def write_inputs(folder: Path, spec: str, images: list[Image.Image]) -> None:
-    """A comparison's folder before its first run: spec.json and the pictures as PNG, nothing in them but pixels."""
+def write_inputs(folder: Path, spec: str, images: list[Image.Image], files: Mapping[str, Path] | None = None) -> None:
+    """A comparison's folder before its first run: spec.json, the pictures as PNG, nothing in them but pixels, and copies of
+    files by the lab's own names for them."""
     (folder / "inputs").mkdir(mode=0o700, parents=True)
     (folder / "runs").mkdir()
     (folder / "spec.json").write_text(spec, encoding="utf-8")
     for number, image in enumerate(images):
         # Whatever `info` holds (EXIF with a place in it, a profile) is left out on purpose.
         image.convert("RGB").save(folder / "inputs" / f"{number:03d}.png", icc_profile=None, exif=b"", compress_level=3)
+    for name, source in (files or {}).items():
+        (folder / "inputs" / name).parent.mkdir(exist_ok=True)
+        try:
+            os.link(source, folder / "inputs" / name)  # files in the lab's home are written once and never changed
+        except OSError:
+            shutil.copyfile(source, folder / "inputs" / name)
 
 
 def sweep(home: Path, table: Table) -> None:
