@@ -62,7 +62,7 @@ def draw(records: Sequence[dict[str, Any]], *, show: str = "norm") -> go.Figure:
     )  # fmt: skip
     fig.update_xaxes(type="category", showgrid=False, tickangle=-60, tickfont={"size": 11}, nticks=min(40, len(blocks)))
     fig.update_yaxes(type="category", showgrid=False, autorange="reversed", tickfont={"size": 12})
-    return fig.update_layout(margin={"t": 76, "l": 20, "r": 10, "b": 20})
+    return fig.update_layout(margin={"t": 58, "l": 20, "r": 10, "b": 20})
 
 
 register(Plot("xray-map", "Map of a network", draw, order=80))

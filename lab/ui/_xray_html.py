@@ -14,7 +14,7 @@ INTRO = """<div class="lab xray-intro"><h2>What does an adapter change?</h2>
 <p>Yours, or one from the internet: each layer's update ΔW, its spectrum, and where it lies among the base's own directions.</p></div>"""
 NOTHING = empty(
     "No adapter open",
-    "Choose one of your finished runs, or send a LoRA file: diffusers, kohya, LyCORIS or PEFT. Safetensors only; nothing in it is run.",
+    "Choose one of your finished runs, or send a LoRA file: .safetensors as diffusers, kohya and LyCORIS write it, a PEFT folder's two files, or a zip. Nothing in it is run.",
 )
 SAYS = {
     "norm": "How far each layer moves: the Frobenius norm of ΔW.",

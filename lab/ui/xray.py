@@ -6,6 +6,8 @@ show how far it is. A reference ("run:<id>", "file:<id>") is looked up with the 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ HEAVY: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "xray", **QUI
 SHOWN = [("norm", "norm"), ("effective rank", "effective_rank"), ("share of energy", "energy"),
          ("in W's top directions", "top"), ("intruders", "intruders")]  # fmt: skip
 OWN_BASE = "its own"
+SECTIONS = ("_xray_compress", "_xray_merge")  # each: TITLE, and build(page, opened) with the open adapter's reference
 MOST = 6  # adapters beside the opened one
 
 
@@ -40,7 +43,7 @@ def build(page: Page) -> None:
         with gr.Column(scale=3, min_width=270):
             parts["ref"] = gr.Dropdown([], label="Adapter", info="Your runs and files.", elem_id="xray-adapter")
             parts["sent"] = gr.File(
-                label="Or send one: .safetensors, zip, or a PEFT folder's two files", file_count="multiple",
+                label="Or send a file", file_count="multiple",
                 height=130, elem_id="xray-upload",
             )  # fmt: skip
             parts["base"] = gr.Dropdown(
@@ -60,7 +63,7 @@ def _views(parts: dict[str, Any]) -> None:
     parts["map"] = gr.Plot(show_label=False, container=False, elem_id="xray-map")
     parts["said"] = gr.HTML(html.said("norm"), apply_default_css=False, js_on_load=None)
     parts["take"] = gr.HTML(apply_default_css=False, js_on_load=static("coverage.js"), elem_id="xray-take")
-    gr.HTML('<div class="lab"><h3>Layers that move most</h3></div>', apply_default_css=False, js_on_load=None)
+    gr.HTML('<div class="lab xray-said"><h3>Layers that move most</h3></div>', apply_default_css=False, js_on_load=None)
     parts["table"] = view(apply_default_css=False, elem_id="xray-table")
     parts["layer"] = gr.Dropdown([], label="Layer", filterable=True, elem_id="xray-layer")
     with gr.Row(equal_height=False):
@@ -85,6 +88,11 @@ def _sections(page: Page, parts: dict[str, Any]) -> None:
         parts["overlap-said"] = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="xray-overlap-said")
         parts["matrix"] = gr.Plot(show_label=False, container=False, visible=False, elem_id="xray-matrix")
         parts["overlap-map"] = gr.Plot(show_label=False, container=False, visible=False, elem_id="xray-overlap-map")
+    for name in SECTIONS:
+        if importlib.util.find_spec(f"lab.ui.{name}"):
+            section = importlib.import_module(f"lab.ui.{name}")
+            with gr.Accordion(section.TITLE, open=False, elem_id=name.strip("_").replace("_", "-")):
+                section.build(page, parts["opened"])
 
 
 def _lab(inner: str) -> str:
@@ -112,7 +120,7 @@ def _wire(page: Page, parts: dict[str, Any]) -> None:
         try:
             ref = keep(store, owner, paths)
         except LabError as problem:
-            return gr.skip(), gr.skip(), _lab(error(str(problem)))
+            return gr.skip(), None, _lab(error(str(problem)))
         return adapters(store, owner, ref), None, ""
 
     def open_(request: gr.Request, ref: str | None, base: str | None, show: str) -> Iterator[list[Any]]:
@@ -137,7 +145,7 @@ def _wire(page: Page, parts: dict[str, Any]) -> None:
         api_visibility="private", show_progress_on=parts["sent"],
     )  # fmt: skip
     gr.on(
-        [parts["ref"].change, parts["base"].input], sentences(open_), [*chosen, parts["show"]], views,
+        [parts["ref"].change, parts["base"].input], open_, [*chosen, parts["show"]], views,
         trigger_mode="always_last", **HEAVY,
     ).then(None, parts["opened"], link, js=to_address)  # fmt: skip
     shown = [parts["opened"], parts["base"]]
@@ -145,7 +153,7 @@ def _wire(page: Page, parts: dict[str, Any]) -> None:
     parts["layer"].input(sentences(layer_), [*shown, parts["layer"]], layer_views, **HEAVY)
     parts["table"].click(sentences(row), shown, layer_views, **HEAVY)
     gr.on(
-        [parts["others"].input, parts["side"].input], sentences(overlap_), [*shown, parts["others"], parts["side"]],
+        [parts["others"].input, parts["side"].input], overlap_, [*shown, parts["others"], parts["side"]],
         [parts[k] for k in ("overlap-said", "matrix", "overlap-map")], trigger_mode="always_last", **HEAVY,
     )  # fmt: skip
     if page.tab is not None:
