@@ -139,17 +139,25 @@ def save(merged: Merged, out: Path, base: str) -> list[str]:
 
     base: what the configuration says it belongs to
     """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
     from lab.compress._engine import places
-    from lab.export import Factors, write_peft
 
     inside = {given: place.name for given, place in places(merged.factors.pairs).items()}
-    placed = Factors(
-        {inside[n]: pair for n, pair in merged.factors.pairs.items()},
-        {inside[n]: kernel for n, kernel in merged.factors.kernels.items()},
-        merged.factors.rank,
-        merged.relative_error,
+    tensors, r = {}, merged.factors.rank
+    for given, (B, A) in merged.factors.pairs.items():
+        kernel = merged.factors.kernels.get(given)
+        key = f"base_model.model.{inside[given]}"
+        tensors[f"{key}.lora_A.weight"] = A.reshape(r, -1, *kernel).contiguous() if kernel else A.contiguous()
+        tensors[f"{key}.lora_B.weight"] = B[:, :, None, None].contiguous() if kernel else B.contiguous()
+    config = LoraConfig(
+        r=r, lora_alpha=r, target_modules=sorted(inside.values()), base_model_name_or_path=base, inference_mode=True
     )
-    return write_peft(placed, out, base)
+    out.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(out))
+    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    return [str(out / "adapter_model.safetensors"), str(out / "adapter_config.json")]
 
 
 def _common(adapters: Mapping[str, Updates]) -> list[str]:

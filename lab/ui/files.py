@@ -33,7 +33,7 @@ KINDS = {"grid": "grid.png", "table": "results.csv", "report": "report.html"}
 
 def router(store: Store) -> APIRouter:
     """GET files/drafts/<id>.png · files/comparisons/<id>/{grid,table,report} · .../inputs/<n> ·
-    files/runs/<id>/{preview,adapter,log} · files/runs/<id>/samples/<prompt>/<seed>."""
+    files/runs/<id>/{preview,adapter,diffusers,kohya,log} · files/runs/<id>/samples/<prompt>/<seed>."""
     routes = APIRouter(prefix="/files")
 
     # Plain functions: Starlette runs them in threads, so disk and zip never block the page's event loop.
@@ -113,6 +113,10 @@ def _of_run(store: Store, owner: str, id: str, kind: str) -> Response:
         text = store.log_tail(owner, id, 1000) or "The log is empty.\n"
         headers = SAFE | {"Cache-Control": "private, no-cache"}
         return Response(text, 200, headers, "text/plain; charset=utf-8")
+    if kind in ("diffusers", "kohya"):  # written when the run made its adapter
+        title = slug(store.comparison(owner, run.comparison).title)
+        path = run.folder / "export" / f"{kind}.safetensors"
+        return _file(path, "application/octet-stream", {}, f"{title}-{run.method}-{kind}.safetensors")
     if kind == "adapter":
         name = f"{slug(store.comparison(owner, run.comparison).title)}-{run.method}-s{run.seed}"
         headers = SAFE | {"Content-Disposition": f'attachment; filename="{name}.zip"'}

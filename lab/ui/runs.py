@@ -10,6 +10,7 @@ import gradio as gr
 from lab.errors import LabError
 from lab.jobs import ensure_worker
 from lab.runs import STATES, Comparison, Run, Store
+from lab.tasks import TASKS
 from lab.ui import Page, Tab, discover
 from lab.ui import rendering as render
 from lab.ui.html import dot, e, empty, pill, sentences, size, view
@@ -42,7 +43,8 @@ def build(page: Page) -> None:
         verb, id = said.get("do"), str(said.get("id") or "")
         if verb == "open":
             task = store.comparison(owner_of(request), id).task
-            return id, gr.Tabs(selected=task if task in tabs else "subject"), log
+            tab = getattr(TASKS[task], "tab", task) if task in TASKS else task
+            return id, gr.Tabs(selected=tab if tab in tabs else "subject"), log
         if verb == "log":
             return gr.skip(), gr.skip(), None if log == id else id
         act(store, owner_of(request), verb, id)

@@ -20,7 +20,7 @@ from lab.bases import BASES
 from lab.errors import LabError
 from lab.plots import PLOTS
 from lab.runs import Store
-from lab.ui import Page, Tab
+from lab.ui import Page, Tab, _xray_compress, _xray_merge
 from lab.ui import _xray_html as html
 from lab.ui.files import slug
 from lab.ui.html import error, sentences, static, view
@@ -88,6 +88,8 @@ def _sections(page: Page, parts: dict[str, Any]) -> None:
         parts["overlap-said"] = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="xray-overlap-said")
         parts["matrix"] = gr.Plot(show_label=False, container=False, visible=False, elem_id="xray-matrix")
         parts["overlap-map"] = gr.Plot(show_label=False, container=False, visible=False, elem_id="xray-overlap-map")
+    _xray_compress.build(page, parts)
+    _xray_merge.build(page, parts)
     for name in SECTIONS:
         if importlib.util.find_spec(f"lab.ui.{name}"):
             section = importlib.import_module(f"lab.ui.{name}")
