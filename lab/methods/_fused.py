@@ -27,6 +27,7 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         inner = tokens @ A.T
+        rows = rows.contiguous()
         ctx.save_for_backward(tokens, weight, A, rows, inner)
         whole = tokens @ weight.T if bias is None else torch.addmm(bias, tokens, weight.T)
         return whole.addmm_(inner, rows).view(*x.shape[:-1], weight.shape[0])

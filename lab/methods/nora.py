@@ -97,8 +97,13 @@ class Nora(OwnMethod):
 
     def shapes(self, layer: Layer, knobs: NoraKnobs) -> dict[str, tuple[int, ...]]:
         r, i = self.outer_rank(layer, knobs), knobs.r_inner
-        outer = {"outer_b": (layer.m, r), "outer_a": (r, layer.n)}
-        start = {"start_b": (r, i), "start_a": (i, r), "start_q": (layer.m, i), "start_p": (i, layer.n)}
+        outer: dict[str, tuple[int, ...]] = {"outer_b": (layer.m, r), "outer_a": (r, layer.n)}
+        start: dict[str, tuple[int, ...]] = {
+            "start_b": (r, i),
+            "start_a": (i, r),
+            "start_q": (layer.m, i),
+            "start_p": (i, layer.n),
+        }
         return outer | (start if knobs.identity_init else {})
 
     def trained_shapes(self, layer: Layer, knobs: NoraKnobs) -> dict[str, tuple[int, ...]]:
