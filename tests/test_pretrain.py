@@ -49,14 +49,21 @@ def _towers() -> clip.Towers:
     return clip.Towers(CONFIG, SMALL)
 
 
+def _train(stage: str, sprites: Sprites, steps: int) -> dict[str, torch.Tensor]:
+    if stage == "clip":
+        trainer = clip.train(sprites, steps, batch=8, config=CONFIG, small=SMALL, evaluate_every=0)
+    elif stage == "vae":
+        trainer = vae.train(sprites, steps, batch=4, channels=CHANNELS)
+    elif stage == "decoder":
+        trainer = vae.train_decoder(sprites, steps, batch=4, channels=CHANNELS, perceive=None)
+    else:
+        encoder = vae.build(CHANNELS)
+        trainer = unet.train(sprites, steps, batch=4, scenes=1, size=SIZE, towers=_towers(), encoder=encoder)
+    return trainer.model.state_dict()
+
+
 def _train_all(sprites: Sprites, steps: int) -> dict[str, dict[str, torch.Tensor]]:
-    models = {
-        "clip": clip.train(sprites, steps, batch=8, config=CONFIG, small=SMALL, evaluate_every=0),
-        "vae": vae.train(sprites, steps, batch=4, channels=CHANNELS),
-        "decoder": vae.train_decoder(sprites, steps, batch=4, channels=CHANNELS, perceive=None),
-        "unet": unet.train(sprites, steps, batch=4, scenes=1, size=SIZE, towers=_towers(), encoder=vae.build(CHANNELS)),
-    }
-    return {stage: trainer.model.state_dict() for stage, trainer in models.items()}
+    return {stage: _train(stage, sprites, steps) for stage in ("clip", "vae", "decoder", "unet")}
 
 
 def test_lists_agree():
@@ -102,11 +109,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sprites, tmp_path, monkeypatc
     monkeypatch.setenv("LAB_PRETRAIN_HOME", str(tmp_path / "whole"))
     whole = _train_all(sprites, 2)
     monkeypatch.setenv("LAB_PRETRAIN_HOME", str(tmp_path / "parts"))
-    clip.train(sprites, 1, batch=8, config=CONFIG, small=SMALL, evaluate_every=0)
-    vae.train(sprites, 1, batch=4, channels=CHANNELS)
-    parts = _train_all(sprites, 2)
+    parts = {}
+    for stage in whole:
+        _train(stage, sprites, 1)
+        parts[stage] = _train(stage, sprites, 2)
     for stage, state in whole.items():
         assert all(torch.equal(value, parts[stage][key]) for key, value in state.items()), stage
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24)])
+def test_muon_moves_matrices_along_orthogonal_directions(shape):
+    g = torch.randn(*shape, generator=torch.Generator().manual_seed(4))
+    spread = torch.linalg.svdvals(common.orthogonal(g))
+    assert spread.min() > 0.6
+    assert spread.max() < 1.35
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
+    assert torch.cosine_similarity((u @ v).flatten(), common.orthogonal(g).flatten(), dim=0) > 0.95
 
 
 def test_assembled_folders_load_and_condition_alike(sprites, fresh_home):

@@ -133,7 +133,9 @@ class Muon(torch.optim.AdamW):
         for p in self.matrices:
             if p.grad is None:
                 continue
-            kept = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            if not self.state[p]:  # AdamW wants a step when it loads a state
+                self.state[p] = {"momentum": torch.zeros_like(p), "step": torch.zeros(())}
+            kept = self.state[p]["momentum"]
             kept.lerp_(p.grad, 1 - self.momentum)
             way = orthogonal(p.grad.lerp(kept, self.momentum).flatten(1)).view_as(p)
             p.mul_(1 - lr * self.decay).add_(way, alpha=-0.2 * lr * max(len(p), p[0].numel()) ** 0.5)
