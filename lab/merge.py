@@ -97,7 +97,8 @@ def merge(
     shares = dict(zip(adapters, check(len(adapters), weights, how, rank, density), strict=True))
     told = report or (lambda *_, **__: None)
     names = _common(adapters)
-    pairs, kernels, records, lost, off, whole, summed = {}, {}, [], 0.0, 0.0, 0.0, 0.0
+    pairs, kernels, records = {}, {}, []
+    lost, off, whole, summed, came = 0.0, 0.0, 0.0, 0.0, 0.0
     with torch.no_grad():
         for number, layer in enumerate(names):
             told(number, len(names), phase="merging")
@@ -111,6 +112,7 @@ def merge(
             full = goal.full()
             error = float((pair[0].double() @ pair[1].double() - full).square().sum())
             square = float(full.square().sum())
+            came += sum(w * w * x.square() for w, x in parts)
             lost, whole = lost + error, whole + square
             if how in ("ties", "dare"):
                 plain = total.full()
@@ -126,7 +128,7 @@ def merge(
                     "relative_error": (error / square) ** 0.5 if square else 0.0,
                 }
             )
-    if not whole:
+    if whole <= 1e-24 * came:  # nothing but rounding
         raise LabError("The merged update is zero everywhere: the adapters cancel, or change nothing.")
     relative = (lost / whole) ** 0.5
     from_sum = relative if how in ("concat", "svd") else (off / summed) ** 0.5 if summed else float("inf")

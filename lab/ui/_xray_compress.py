@@ -17,36 +17,35 @@ from lab.ui.html import error, sentences, view
 from lab.ui.owner import owner_of
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-TASK = "compress"
+TITLE, TASK = "Compress", "compress"
 INTRO = """<div class="lab xray-said"><p>The opened adapter written anew by a smaller method, without any training data: least
 squares on ΔW, layer by layer. What comes out is an ordinary adapter of that method.</p></div>"""
 
 
 def build(page: Page, parts: dict[str, Any]) -> None:
     """`parts` holds the tab's "opened" (the reference of the adapter shown) and "base" (the one chosen, or "")."""
-    with gr.Accordion("Compress", open=False, elem_id="xray-compress-section"):
-        gr.HTML(INTRO, apply_default_css=False, js_on_load=None)
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=3, min_width=270):
-                methods = gr.CheckboxGroup(
-                    [(fit.method.name, fit.id) for fit in FITS], value=["nora", "lora"], label="Methods",
-                    elem_id="xray-compress-methods",
-                )  # fmt: skip
-                budget = gr.Number(
-                    20_000, label="Parameters at most", info="Over all layers.", precision=0, minimum=1,
-                    elem_id="xray-compress-budget",
-                )  # fmt: skip
-                prompts = gr.Textbox(
-                    "\n".join(work.PROMPTS), label="Draw before and after", info="A prompt a line; none: no pictures.",
-                    lines=2, max_length=2000, elem_id="xray-compress-prompts",
-                )  # fmt: skip
-                start = gr.Button("Compress", variant="primary", elem_id="xray-compress-start")
-                notice = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="xray-compress-notice")
-            with gr.Column(scale=8, min_width=320):
-                which = gr.Dropdown([], label="Shown", visible=False, elem_id="xray-compress-which")
-                panel = view(apply_default_css=False, elem_id="xray-compress-panel")
-                plot = gr.Plot(show_label=False, container=False, visible=False, elem_id="xray-compress-plot")
-        timer = gr.Timer(work.TICK_S, active=False)
+    gr.HTML(INTRO, apply_default_css=False, js_on_load=None)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=3, min_width=270):
+            methods = gr.CheckboxGroup(
+                [(fit.method.name, fit.id) for fit in FITS], value=["nora", "lora"], label="Methods",
+                elem_id="xray-compress-methods",
+            )  # fmt: skip
+            budget = gr.Number(
+                20_000, label="Parameters at most", info="Over all layers.", precision=0, minimum=1,
+                elem_id="xray-compress-budget",
+            )  # fmt: skip
+            prompts = gr.Textbox(
+                "\n".join(work.PROMPTS), label="Draw before and after", info="A prompt a line; none: no pictures.",
+                lines=2, max_length=2000, elem_id="xray-compress-prompts",
+            )  # fmt: skip
+            start = gr.Button("Compress", variant="primary", elem_id="xray-compress-start")
+            notice = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="xray-compress-notice")
+        with gr.Column(scale=8, min_width=320):
+            which = gr.Dropdown([], label="Shown", visible=False, elem_id="xray-compress-which")
+            panel = view(apply_default_css=False, elem_id="xray-compress-panel")
+            plot = gr.Plot(show_label=False, container=False, visible=False, elem_id="xray-compress-plot")
+    timer = gr.Timer(work.TICK_S, active=False)
     _wire(page, parts, (methods, budget, prompts), start, notice, (which, panel, plot, timer))
 
 

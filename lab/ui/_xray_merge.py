@@ -17,25 +17,24 @@ from lab.ui.html import error, sentences, view
 from lab.ui.owner import owner_of
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-TASK = "merge"
+TITLE, TASK = "Merge", "merge"
 INTRO = """<div class="lab xray-said"><p>The opened adapter and others, whatever methods they are of, as one ordinary LoRA: a
 weighted sum of their updates, or what TIES and DARE make of it.</p></div>"""
 
 
 def build(page: Page, parts: dict[str, Any]) -> None:
     """`parts` holds the tab's "opened" (the reference of the adapter shown) and "base" (the one chosen, or "")."""
-    with gr.Accordion("Merge", open=False, elem_id="xray-merge-section"):
-        gr.HTML(INTRO, apply_default_css=False, js_on_load=None)
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=3, min_width=270):
-                controls = _controls()
-                start = gr.Button("Merge", variant="primary", elem_id="xray-merge-start")
-                notice = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="xray-merge-notice")
-            with gr.Column(scale=8, min_width=320):
-                which = gr.Dropdown([], label="Shown", visible=False, elem_id="xray-merge-which")
-                panel = view(apply_default_css=False, elem_id="xray-merge-panel")
-                plot = gr.Plot(show_label=False, container=False, visible=False, elem_id="xray-merge-plot")
-        timer = gr.Timer(work.TICK_S, active=False)
+    gr.HTML(INTRO, apply_default_css=False, js_on_load=None)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=3, min_width=270):
+            controls = _controls()
+            start = gr.Button("Merge", variant="primary", elem_id="xray-merge-start")
+            notice = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="xray-merge-notice")
+        with gr.Column(scale=8, min_width=320):
+            which = gr.Dropdown([], label="Shown", visible=False, elem_id="xray-merge-which")
+            panel = view(apply_default_css=False, elem_id="xray-merge-panel")
+            plot = gr.Plot(show_label=False, container=False, visible=False, elem_id="xray-merge-plot")
+    timer = gr.Timer(work.TICK_S, active=False)
     _wire(page, parts, controls, start, notice, (which, panel, plot, timer))
 
 

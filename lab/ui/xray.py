@@ -6,8 +6,6 @@ show how far it is. A reference ("run:<id>", "file:<id>") is looked up with the 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,6 @@ HEAVY: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "xray", **QUI
 SHOWN = [("norm", "norm"), ("effective rank", "effective_rank"), ("share of energy", "energy"),
          ("in W's top directions", "top"), ("intruders", "intruders")]  # fmt: skip
 OWN_BASE = "its own"
-SECTIONS = ("_xray_compress", "_xray_merge")  # each: TITLE, and build(page, opened) with the open adapter's reference
 MOST = 6  # adapters beside the opened one
 
 
@@ -88,13 +85,9 @@ def _sections(page: Page, parts: dict[str, Any]) -> None:
         parts["overlap-said"] = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="xray-overlap-said")
         parts["matrix"] = gr.Plot(show_label=False, container=False, visible=False, elem_id="xray-matrix")
         parts["overlap-map"] = gr.Plot(show_label=False, container=False, visible=False, elem_id="xray-overlap-map")
-    _xray_compress.build(page, parts)
-    _xray_merge.build(page, parts)
-    for name in SECTIONS:
-        if importlib.util.find_spec(f"lab.ui.{name}"):
-            section = importlib.import_module(f"lab.ui.{name}")
-            with gr.Accordion(section.TITLE, open=False, elem_id=name.strip("_").replace("_", "-")):
-                section.build(page, parts["opened"])
+    for section in (_xray_compress, _xray_merge):
+        with gr.Accordion(section.TITLE, open=False, elem_id=f"xray-{section.TASK}"):
+            section.build(page, parts)
 
 
 def _lab(inner: str) -> str:
