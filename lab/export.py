@@ -74,6 +74,7 @@ def export(
         model = _loaded(row, folder, settings)
         try:
             if to == "merged":
+                _widen(row, model)
                 return {"files": _merged(model, out), "relative_error": 0.0}
             factors = factorise(model, rank, half)
         finally:
@@ -142,15 +143,29 @@ def _base_of(folder: Path, settings: dict[str, Any], given: str | None) -> Base:
 
 
 def _loaded(row: Base, folder: Path, settings: dict[str, Any]) -> Any:
-    """The base's network with the adapter on it, in float32 on the CPU, so that exports do not depend on the machine."""
+    """The base's network with the adapter on it, on the CPU, so that exports do not depend on the machine: W as it was
+    held in training, then in float32 wherever the update's numbers depend on its precision."""
     import torch
 
     from lab import networks
+    from lab.device import WEIGHTS
     from lab.methods import adapters
 
-    whole = row.load("cpu", torch.float32)
+    whole = row.load("cpu", WEIGHTS.get(_run(folder).get("weights", ""), torch.float32))
     network = networks.network(whole, networks.adapts_text(settings)) if row.family == "sdxl" else whole.model
+    plain = settings["peft_type"] == "LORA" and not settings.get("use_dora")
+    plain = plain and settings.get("init_lora_weights") in (True, False, "gaussian")
+    if not plain and not _ours(settings["peft_type"]):
+        _widen(row, network)
     return adapters.load(network, folder).eval()
+
+
+def _widen(row: Base, network: torch.nn.Module) -> None:
+    import torch
+
+    if next(network.parameters()).dtype != torch.float32:
+        network.float()
+        row.forget()  # what is kept of the base is no longer what its next user asks for
 
 
 def part_of(layer: str) -> tuple[str, str]:
@@ -167,13 +182,19 @@ def _by_part(factors: Factors) -> dict[str, list[str]]:
     return parts
 
 
-def _trigger(folder: Path) -> dict[str, str]:
-    """Trigger and class word of the run that the adapter came from, where its record stands beside it."""
+def _run(folder: Path) -> dict[str, Any]:
+    """The record of the run that the adapter came from, where it stands beside it."""
     try:
-        spec = json.loads((folder.parent / "meta.json").read_text())["spec"]
-        return {"trigger": str(spec.get("trigger", "")), "class_word": str(spec.get("class_word", ""))}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"trigger": "", "class_word": ""}
+        found = json.loads((folder.parent / "meta.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _trigger(folder: Path) -> dict[str, str]:
+    """Trigger and class word of that run."""
+    spec = _run(folder).get("spec")
+    return {key: str(spec.get(key, "")) if isinstance(spec, dict) else "" for key in ("trigger", "class_word")}
 
 
 # -- writing --------------------------------------------------------------------------------------------

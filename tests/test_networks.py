@@ -90,6 +90,24 @@ def test_exports_hold_the_text_encoders(to: str, small_sdxl: Any, tmp_path: Path
         assert any(name.startswith(prefix) for name in names), prefix
 
 
+@pytest.mark.parametrize("id", ["lora", "nora", "nola", "dora", "loha", "pissa"])
+@pytest.mark.parametrize("to", ["diffusers", "merged"])
+def test_a_base_held_in_bf16_is_exported_as_it_was_held(id: str, to: str, small_sdxl: Any, tmp_path: Path) -> None:
+    """NoRA's outer basis is that of the weights it was trained on: rounded ones, here, of a float32 file."""
+    from lab.export import export
+
+    spec = small.spec(methods={id: {}}, lr=1e-2, steps=2, weights="bf16")
+    spec = comparison.start(tmp_path / "run", "subject", spec, small.pictures())
+    run = comparison.run_all(tmp_path / "run", "subject", spec, lambda _: lambda *_, **__: None)[1]
+    assert run["message"] == ""
+    made = export(Path(run["folder"]) / "adapter", to, tmp_path / "out", base="small-sdxl")
+    if METHODS[id].low_rank:
+        assert made["relative_error"] < 1e-6
+    kinds = {tensor.dtype for tensor in load_file(made["files"][0]).values()}
+    assert kinds == {torch.float32}
+    assert small_sdxl.load("cpu", torch.bfloat16).unet.dtype == torch.bfloat16
+
+
 def test_the_page_counts_what_is_trained(tmp_path: Path) -> None:
     """The embedded base's tables of layers, its text encoders' too, against what PEFT puts on it."""
     from lab.bases import BASES

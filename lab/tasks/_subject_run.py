@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lab import device as devices
 from lab import columns, hub, metrics, preflight, svd
+from lab import device as devices
 from lab.bases import resolve
 from lab.diffusion import embed, encode_pictures, encode_prompts, training_schedule
 from lab.errors import LabError
@@ -45,7 +45,9 @@ def run(spec: dict[str, Any], planned: PlannedRun, inputs: Path, folder: Path, r
     check_count(len(pictures))
     report(0, spec["steps"], phase="loading the base model")
     subject = Run(spec, planned, pictures, folder, inputs.parent, report)
-    write_json(folder / "meta.json", record(spec, planned, devices.describe(subject.device)))
+    held = {dtype: word for word, dtype in devices.WEIGHTS.items()}[subject.pipe.unet.dtype]
+    made = record(spec, planned, devices.describe(subject.device)) | {"weights": held}  # an export takes W as it was
+    write_json(folder / "meta.json", made)
     if planned.method == "base":
         return {"method": "base", "seed": planned.seed, "knobs": {}} | subject.draw_and_score()
     if planned.method in spec["adapters"]:
@@ -133,7 +135,7 @@ class Run:
         """Draw and score with an adapter that was there before, untrained."""
         texts, seeds = self.spec["unrelated_prompts"], [UNRELATED_SEED] * len(self.spec["unrelated_prompts"])
         before = self._made_once("unrelated", texts, seeds, "drawing unrelated prompts") if texts else []
-        with columns.laid(self.base, self.pipe, self.shared, self.planned.method) as file:
+        with columns.laid(self.base, self.pipe, self.shared / "inputs", self.planned.method) as file:
             self.text_adapted = any(layer.startswith("text_encoder") for layer in file.updates)
             drawn = self.draw_and_score()
             scorer, drift = self._scorer(), None
