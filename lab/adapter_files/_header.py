@@ -175,14 +175,13 @@ def _int(text: str) -> int:
 
 
 def _too_deep(raw: bytes, limit: int = 8) -> bool:
+    """Whether brackets are nested deeper than `limit`, told before a parser recurses into them."""
+    brackets = re.sub(rb'"(?:[^"\\]|\\.)*"|[^][{}]', b"", raw)
     depth = 0
-    for bracket in re.sub(rb'"(?:[^"\\]|\\.)*"', b"", raw):
-        if bracket in b"[{":
-            depth += 1
-            if depth > limit:
-                return True
-        elif bracket in b"]}":
-            depth -= 1
+    for bracket in brackets:
+        depth += 1 if bracket in b"[{" else -1
+        if depth > limit:
+            return True
     return False
 
 
