@@ -23,13 +23,17 @@
     });
     let dark = wantsDark();
     observer.observe(document.body, { attributes: true, attributeFilter: ["class"] });
-    lab.theme = () => {
-      dark = !document.body.classList.contains("dark");
+    const turn = (to) => {
+      dark = to;
       kept = 0;
-      store.set("nora_theme", dark ? "dark" : "light");
       document.documentElement.classList.toggle("dark", dark);
       document.body.classList.toggle("dark", dark);
     };
+    lab.theme = () => {
+      turn(!document.body.classList.contains("dark"));
+      store.set("nora_theme", dark ? "dark" : "light");
+    };
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => turn(wantsDark()));
   });
 
   /* ---- address bar: each tab has its own parameters, the open tab's stand there ---- */
