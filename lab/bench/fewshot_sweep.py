@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rates", required=True, metavar="A,B", help="learning rates between commas")
     parser.add_argument("--shots", type=int, default=4, metavar="N", help="training pictures a class")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps instead of the preset's")
+    parser.add_argument("--batch", type=int, metavar="N", help="pictures a step instead of the preset's")
     parser.add_argument("--base", default="tiny-clip", metavar="NAME")
 
 
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rates = [float(rate) for rate in args.rates.split(",")]
     shots = args.shots
     spec = {"methods": args.method, "base": args.base, "preset": "short", "shots": [shots], "steps": args.steps}
+    spec |= {"batch": args.batch}
     spec = TASKS["fewshot"].check(spec)
     rows = []
     with mock.patch.object(protocol, "VALIDATION", VALIDATION):

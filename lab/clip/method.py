@@ -14,19 +14,22 @@ if TYPE_CHECKING:
     from lab.clip.episode import Batch, Episode, Head
 
 
+ByShots = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a method is trained. Of `steps`, `steps_per_shot` and `epochs` the first that is not 0 gives the length.
 
     rates: learning rates; where there are several, validation chooses. max_norm: gradients are clipped to it, 0: never.
-    epochs: one number, or ((most shots, epochs), …) where they depend on the shots, as `BY_SHOTS`. warmup: steps, or
+    steps, epochs: one number, or ((most shots, number), …) where it depends on the shots, as `BY_SHOTS`. warmup: steps, or
     with `warmup_epochs` epochs, over which the learning rate rises linearly.
     """
 
     rates: tuple[float, ...] = (1e-3,)
-    steps: int = 0
+    steps: int | ByShots = 0
     steps_per_shot: int = 0
-    epochs: int | tuple[tuple[int, int], ...] = 0
+    epochs: int | ByShots = 0
     batch: int = 32
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"  # adam: weight decay joins the gradient
     weight_decay: float = 0.0
@@ -37,24 +40,28 @@ class Recipe:
     def length(self, shots: int, examples: int) -> int:
         """Optimizer steps for this many shots and training pictures."""
         if self.steps:
-            return self.steps
+            return _of(self.steps, shots)
         if self.steps_per_shot:
             return self.steps_per_shot * shots
-        return self._epochs(shots) * self._per_epoch(examples)
+        return _of(self.epochs, shots) * self._per_epoch(examples)
 
     def warmup_steps(self, examples: int) -> int:
         return self.warmup or self.warmup_epochs * self._per_epoch(examples)
-
-    def _epochs(self, shots: int) -> int:
-        if isinstance(self.epochs, int):
-            return self.epochs
-        return next((epochs for most, epochs in self.epochs if shots <= most), self.epochs[-1][1])
 
     def _per_epoch(self, examples: int) -> int:
         return math.ceil(examples / min(self.batch, examples))
 
 
-BY_SHOTS = ((1, 50), (4, 100), (16, 200))  # epochs of CoOp's code, and of those that follow it
+def _of(value: int | ByShots, shots: int) -> int:
+    if isinstance(value, int):
+        return value
+    return next((number for most, number in value if shots <= most), value[-1][1])
+
+
+BY_SHOTS: ByShots = ((1, 50), (4, 100), (16, 200))  # epochs of CoOp's code, and of those that follow it
+
+
+BRIEFLY: ByShots = ((4, 60), (64, 160))  # steps of the short recipes of what has to pass through a tower
 
 
 class ClipMethod:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,7 @@ def _shots(
     if (here / "result.json").exists():
         return json.loads((here / "result.json").read_text())
     here.mkdir(parents=True, exist_ok=True)
+    began = time.process_time()
     report(0, 1, phase="reading pictures")
     trained, drawn, plan = runner(planned.method), episode(spec, shots, planned.seed), recipe(spec, planned.method)
     knobs = method(planned.method).knobs.parse(planned.knobs)
@@ -158,7 +160,7 @@ def _shots(
     logits = fitting.test(trained, fitted.head, held_out)
     scores = score(logits, held_out.labels, [picture.key for picture in held_out.listing.test])
     result = {"dataset": spec["dataset"]} | _result(trained, fitted, drawn, plan, _save(trained, fitted.head, here))
-    result |= scores
+    result |= scores | {"cpu_seconds": round(time.process_time() - began, 2)}  # of this attempt
     write_json(here / "result.json", result)
     return result
 

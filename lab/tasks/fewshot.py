@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lab import datasets
 from lab.clip import protocol
 from lab.clip.bases import has_text, resolve
-from lab.clip.method import ClipMethod, Recipe
+from lab.clip.method import BRIEFLY, ClipMethod, Recipe
 from lab.errors import LabError
 from lab.methods import METHODS, Method
 from lab.methods.clip import CLIP_METHODS
@@ -72,11 +72,12 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "short": Preset(
         "Short, for processors",
-        Recipe((3e-3,), steps=48, batch=16, weight_decay=0.01, max_norm=1.0),
+        Recipe((3e-3,), steps=BRIEFLY, batch=8, weight_decay=0.01, max_norm=1.0),
         published=False,
         crop=(0.6, 1.0),
         extra_views=3,
-        summary="48 steps of 16 pictures for adapters, one learning rate for all of them; other methods train as briefly.",
+        summary="60 steps of 8 pictures for adapters up to 4 shots, 160 beyond; lr 3e-3, other rates where a method's scale is "
+        "another; other methods train as briefly.",
     ),
     "clip-lora": Preset(
         "CLIP-LoRA's",
@@ -179,7 +180,7 @@ def recipe(spec: dict[str, Any], id: str) -> Recipe:
     else:
         made = preset.adapters
         if not preset.published:
-            rate = resolve(spec["base"]).preset("learning_rates").get(id)
+            rate = resolve(spec["base"]).preset("fewshot").get("learning_rates", {}).get(id)
             made = dataclasses.replace(made, rates=(rate,)) if rate else made
     given = spec["lr"] if not isinstance(spec["lr"], dict) else spec["lr"].get(id)
     if given is not None:

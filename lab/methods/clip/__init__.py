@@ -6,10 +6,10 @@ every adapter of `lab.methods.METHODS`. Files here import torch inside functions
 
 from __future__ import annotations
 
-from lab.clip.method import BY_SHOTS, ClipMethod, Recipe
+from lab.clip.method import BRIEFLY, BY_SHOTS, ClipMethod, Recipe
 from lab.registry import Registry
 
 CLIP_METHODS: Registry[ClipMethod] = Registry("few-shot method", "lab.methods.clip")
 register = CLIP_METHODS.register
 
-__all__ = ["BY_SHOTS", "CLIP_METHODS", "ClipMethod", "Recipe", "register"]
+__all__ = ["BRIEFLY", "BY_SHOTS", "CLIP_METHODS", "ClipMethod", "Recipe", "register"]

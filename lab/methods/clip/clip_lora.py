@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lab.methods.clip import ClipMethod, Recipe, register
+from lab.methods.clip import BRIEFLY, ClipMethod, Recipe, register
 from lab.methods.spec import Knobs, Paper, knob
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class ClipLora(ClipMethod):
     )
     knobs = ClipLoraKnobs
     inputs = "pixels"
-    short = Recipe((5e-3,), steps=48, batch=16, weight_decay=0.01, max_norm=1.0)
+    short = Recipe((5e-3,), steps=BRIEFLY, batch=8, weight_decay=0.01, max_norm=1.0)
     published = Recipe((2e-4,), steps_per_shot=500, batch=32, weight_decay=0.01)
 
     def build(self, episode: Episode, knobs: ClipLoraKnobs) -> Head:

@@ -40,7 +40,7 @@ class CoCoOp(ClipMethod):
         "Validation chooses the stopping step.",
     )
     knobs = CoCoOpKnobs
-    short = Recipe((5e-3,), steps=40, batch=8)
+    short = Recipe((2e-3,), steps=40, batch=8)
     published = Recipe((2e-3,), epochs=10, batch=1, optimizer="sgd", weight_decay=5e-4, warmup_epochs=1)
 
     def build(self, episode: Episode, knobs: CoCoOpKnobs) -> Head:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lab.methods.clip import ClipMethod, Recipe, register
+from lab.methods.clip import BRIEFLY, ClipMethod, Recipe, register
 from lab.methods.spec import Paper
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Full(ClipMethod):
     equation = r"W' = W + \Delta W,\ \Delta W \in \mathbb{R}^{m \times n}"
     inputs = "pixels"
     needs_text = False
-    short = Recipe((3e-5,), steps=48, batch=16, weight_decay=0.01, max_norm=1.0)
+    short = Recipe((1e-4,), steps=BRIEFLY, batch=8, weight_decay=0.01, max_norm=1.0)
     published = Recipe((8e-5, 5e-5, 3e-5, 1e-5), epochs=50, batch=64, weight_decay=0.01)
 
     def build(self, episode: Episode, knobs: Any) -> Head:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lab.methods.clip import ClipMethod, Recipe, register
+from lab.methods.clip import BRIEFLY, ClipMethod, Recipe, register
 from lab.methods.clip.coop import WARMUP, leading_words, start
 from lab.methods.spec import Knobs, Paper, knob
 
@@ -42,7 +42,7 @@ class Maple(ClipMethod):
     )
     knobs = MapleKnobs
     inputs = "pixels"
-    short = Recipe((5e-3,), steps=48, batch=16, max_norm=1.0)
+    short = Recipe((2e-3,), steps=BRIEFLY, batch=8, max_norm=1.0)
     published = Recipe((3.5e-3,), epochs=50, batch=4, optimizer="sgd", weight_decay=5e-4, warmup_epochs=1)
 
     def build(self, episode: Episode, knobs: MapleKnobs) -> Head:

@@ -68,7 +68,7 @@ class PlotPlusPlus(ClipMethod):
     )
     knobs = PlotKnobs
     inputs = "pixels"
-    short = Recipe((5e-3,), steps=24, batch=8, max_norm=1.0)
+    short = Recipe((5e-3,), steps=((4, 24), (64, 48)), batch=8, max_norm=1.0)
     published = Recipe((2e-3,), epochs=BOTH_STAGES, batch=32, optimizer="sgd", weight_decay=5e-4, warmup_epochs=1)
 
     def build(self, episode: Episode, knobs: PlotKnobs) -> Head:

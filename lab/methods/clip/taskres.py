@@ -37,7 +37,7 @@ class TaskRes(ClipMethod):
         WARMUP,
     )
     knobs = TaskResKnobs
-    short = Recipe((5e-3,), steps=200, batch=64)
+    short = Recipe((1e-1,), steps=200, batch=64)
     published = Recipe(
         (2e-3,), epochs=((4, 100), (16, 200)), batch=256, optimizer="adam", weight_decay=5e-4, warmup_epochs=1
     )
