@@ -1,6 +1,6 @@
 """Adapters that somebody already has as columns of a comparison: "my old LoRA" beside the new ones, untrained.
 
-A column is an adapter file of any layout that `lab.adapter_files` opens. It lies in the comparison's folder as
+A column is an adapter file of any layout that `lab.adapter_files` opens. It lies among the comparison's inputs as
 `adapters/<name>/`, and is drawn and scored like every method: same base, prompts and seeds.
 """
 
@@ -73,26 +73,35 @@ def of_files(paths: Iterable[str | Path]) -> dict[str, Path]:
     return dict(zip(checked(named(titles)), found, strict=True))
 
 
-def keep(columns: Mapping[str, Path], shared: Path) -> None:
-    """Copy the adapters into a comparison's folder. Raises LabError when one is none, or for want of room."""
+def inputs(columns: Mapping[str, Path]) -> dict[str, Path]:
+    """The columns' files by their names among a comparison's inputs, as `Store.submit` takes them."""
+    from lab.adapter_files import CONFIG, WEIGHTS
+
+    found = {}
+    for name, path in columns.items():
+        for file in (WEIGHTS, CONFIG):
+            source = path / file if path.is_dir() else path
+            if source.is_file() and (path.is_dir() or file == WEIGHTS):
+                found[f"adapters/{name}/{file}"] = source
+    return found
+
+
+def keep(columns: Mapping[str, Path], folder: Path) -> None:
+    """Copy the adapters into the folder of a comparison's inputs. Raises LabError when one is none, or for want of room."""
     from lab.adapter_files import CONFIG, WEIGHTS, check_file, unpack
     from lab.jobs import disk
 
     try:
         for name, path in columns.items():
-            folder = shared / "adapters" / name
-            folder.mkdir(parents=True)
-            if path.is_dir():
-                for file in (WEIGHTS, CONFIG):
-                    if (path / file).is_file():
-                        shutil.copyfile(path / file, folder / file)
-            elif path.suffix.lower() == ".zip":
-                unpack(path, folder, path.name)
-            else:
-                shutil.copyfile(path, folder / WEIGHTS)
-            check_file(folder / WEIGHTS, f"{name}.safetensors", configured=(folder / CONFIG).is_file())
+            own = folder / "adapters" / name
+            own.mkdir(parents=True)
+            if path.suffix.lower() == ".zip" and path.is_file():
+                unpack(path, own, path.name)
+            for file, source in inputs({name: path} if not (own / WEIGHTS).exists() else {}).items():
+                shutil.copyfile(source, folder / file)
+            check_file(own / WEIGHTS, f"{name}.safetensors", configured=(own / CONFIG).is_file())
     except BaseException as error:
-        shutil.rmtree(shared / "adapters", ignore_errors=True)
+        shutil.rmtree(folder / "adapters", ignore_errors=True)
         if disk.is_full(error):
             raise LabError("The disk is full: the adapters could not be kept; make room and try again.") from error
         raise
@@ -100,11 +109,12 @@ def keep(columns: Mapping[str, Path], shared: Path) -> None:
 
 # -- drawing ---------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def laid(base: Base, pipe: Any, shared: Path, name: str) -> Generator[AdapterFile]:
-    """The column's adapter on the base's pipeline, whose weights are not touched. Raises LabError when it does not fit."""
+def laid(base: Base, pipe: Any, folder: Path, name: str) -> Generator[AdapterFile]:
+    """The column's adapter, from the folder of the inputs, on the base's pipeline, whose weights are not touched. Raises
+    LabError when it does not fit."""
     from lab import adapter_files
 
-    file = adapter_files.read(shared / "adapters" / name, base, name=name)
+    file = adapter_files.read(folder / "adapters" / name, base, name=name)
     handles = []
     try:
         for layer, update in file.updates.items():

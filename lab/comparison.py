@@ -44,7 +44,7 @@ def start(
         return spec
     if out.exists() and any(out.iterdir()):
         raise LabError(f"{out} is not empty: choose another folder.")
-    columns.keep(adapters or {}, out)
+    columns.keep(adapters or {}, out / "inputs")
     for number, picture in enumerate(pictures):
         path = out / "inputs" / f"{number:03d}.png"
         write_atomic(path, lambda aside, picture=picture: picture.convert("RGB").save(aside, format="PNG"))

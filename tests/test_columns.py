@@ -172,7 +172,7 @@ def test_adapters_alone_train_nothing(small_sdxl: Any, tmp_path: Path) -> None:
     runs = comparison.run_all(tmp_path / "out", "subject", spec, quiet)
     assert [r["method"] for r in runs] == ["base", "old"]
     assert all(r["state"] == "done" for r in runs), [r["message"] for r in runs]
-    assert load_file(tmp_path / "out" / "adapters" / "old" / adapter_files.WEIGHTS).keys() == state.keys()
+    assert load_file(tmp_path / "out" / "inputs" / "adapters" / "old" / adapter_files.WEIGHTS).keys() == state.keys()
 
 
 def quiet(_planned: Any) -> Any:

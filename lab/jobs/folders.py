@@ -61,7 +61,7 @@ def write_inputs(folder: Path, spec: str, images: list[Image.Image], files: Mapp
         # Whatever `info` holds (EXIF with a place in it, a profile) is left out on purpose.
         image.convert("RGB").save(folder / "inputs" / f"{number:03d}.png", icc_profile=None, exif=b"", compress_level=3)
     for name, source in (files or {}).items():
-        (folder / "inputs" / name).parent.mkdir(exist_ok=True)
+        (folder / "inputs" / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(source, folder / "inputs" / name)  # files in the lab's home are written once and never changed
         except OSError:

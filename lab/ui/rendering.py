@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lab.compare import name
+from lab.methods import METHODS
 from lab.plots import colour
 from lab.runs import Comparison, Run
 from lab.ui.files import address, version
@@ -242,7 +243,7 @@ def downloads(comparison: Comparison) -> str:
     links = [
         f'<a href="{address("runs", run.id, "adapter")}" download>{dot(run.method)}{e(name(run.method))} <small>seed {run.seed} · adapter.zip</small></a>'
         for run in comparison.runs
-        if run.method != "base" and run.state == "done"
+        if run.method in METHODS and run.state == "done"  # not the base, nor what the visitor brought
     ]
     if any(run.state == "done" for run in comparison.runs):
         links += [

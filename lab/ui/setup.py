@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from lab import adapter_store, columns
 from lab.bases import BASES, Base, resolve
+from lab.columns import MOST
 from lab.errors import LabError
 from lab.methods import METHODS
 from lab.plots import colour
@@ -37,9 +40,10 @@ def step(number: int, title: str, hint: str) -> gr.HTML:
 class Setup:
     """The components that other parts wire up."""
 
-    form: dict[str, Any]  # pictures, class_word, trigger, picker and the settings' controls, in this order
+    form: dict[str, Any]  # pictures, class_word, trigger, picker, adapters and the settings' controls, in this order
     files: gr.File
     examples: gr.HTML
+    send: gr.UploadButton
     summary: gr.HTML
     notice: gr.HTML
     train: gr.Button
@@ -80,13 +84,27 @@ def build() -> Setup:
                 counts={},
                 pinned=sum(id in METHODS for id in choices.PINNED),
             )
+            with gr.Row(equal_height=True):
+                adapters = gr.Dropdown(
+                    [], multiselect=True, max_choices=MOST, label="Beside them, untrained", elem_id="columns", scale=5,
+                    info="Adapters you have: files of any program, or this page's runs. Same prompts, seeds and scores.",
+                    min_width=240,
+                )  # fmt: skip
+                send = gr.UploadButton(
+                    "Send adapter files",
+                    file_count="multiple",
+                    size="sm",
+                    elem_id="send-adapters",
+                    scale=1,
+                    min_width=160,
+                )
             controls = settings.build()
         with gr.Column(scale=3, min_width=290, elem_classes="aside"):
             summary = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="summary")
             train = gr.Button("Train", variant="primary", size="lg", elem_id="train", elem_classes="train")
             notice = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="notice")
-    form = {"pictures": pictures, "class_word": class_word, "trigger": trigger, "picker": picker, **controls}
-    return Setup(form, files, gallery, summary, notice, train)
+    form = {"pictures": pictures, "class_word": class_word, "trigger": trigger, "picker": picker}
+    return Setup(form | {"adapters": adapters} | controls, files, gallery, send, summary, notice, train)
 
 
 def _examples() -> str:
@@ -142,14 +160,17 @@ def use_example(store: Store, owner: str, id: Any) -> tuple[list[Picture], str]:
     return [drafts.add(decode(path), caption) for path, caption in pairs], example.class_word
 
 
-def spec_of(values: dict[str, Any]) -> tuple[dict[str, Any], list[Picture]]:
-    """The spec that the form stands for, checked by the task, and the pictures it is about. Raises LabError."""
+def spec_of(values: dict[str, Any], adapters: Sequence[str] | None = None) -> tuple[dict[str, Any], list[Picture]]:
+    """The spec that the form stands for, checked by the task, and the pictures it is about. `adapters`: names of the
+    chosen ones, where they have been looked up. Raises LabError."""
     pictures = checked(values["pictures"], HIGH)
     if len(pictures) < LOW:
         raise LabError(f"Between {LOW} and {HIGH} pictures of the subject are needed, {len(pictures)} given.")
     words = {"class_word": check_text("The class word", values["class_word"], 60)}
     trigger = check_text("The trigger word", values["trigger"], 40, empty=True)
-    spec = settings.spec(values) | words | {"trigger": trigger, "methods": choices.checked(values["picker"])}
+    beside = [f"adapter-{n}" for n in range(len(values.get("adapters") or []))] if adapters is None else list(adapters)
+    methods = {} if beside and not _ticked(values) else choices.checked(values["picker"])
+    spec = settings.spec(values) | words | {"trigger": trigger, "methods": methods, "adapters": beside}
     spec |= {"captions": [p["caption"] for p in pictures], "crops": [p["crop"] for p in pictures]}
     spec["pictures"] = len(pictures)
     return TASKS["subject"].check(spec), pictures
@@ -157,9 +178,45 @@ def spec_of(values: dict[str, Any]) -> tuple[dict[str, Any], list[Picture]]:
 
 def submit(store: Store, owner: str, values: dict[str, Any]) -> str:
     """Queue the comparison that the form describes; its id."""
-    spec, pictures = spec_of(values)
+    adapters = beside(store, owner, values.get("adapters"))
+    spec, pictures = spec_of(values, list(adapters))
     drafts = Drafts(store.home, owner)
-    return store.submit(owner, "subject", spec, [drafts.image(p["id"]) for p in pictures])
+    images = [drafts.image(p["id"]) for p in pictures]
+    return store.submit(owner, "subject", spec, images, columns.inputs(adapters))
+
+
+def beside(store: Store, owner: str, refs: Any) -> dict[str, Path]:
+    """Column name → file or folder of each chosen adapter of this owner. Raises LabError for what is not theirs."""
+    if refs is not None and (not isinstance(refs, list) or len(refs) > MOST):
+        raise LabError(f"At most {MOST} adapters can stand beside the methods: choose fewer.")
+    found = [adapter_store.chosen(store, owner, ref) for ref in dict.fromkeys(map(str, refs or []))]
+    titles = [f"{c.title.partition(':')[0]}-{c.method}-s{c.seed}" if c.method else c.title for c in found]
+    return dict(zip(columns.named(titles), [c.path for c in found], strict=True))
+
+
+def known_adapters(store: Store, owner: str, picked: Any = None) -> Any:
+    """The dropdown of everything that this owner can lay beside the methods, at those picked that are theirs."""
+    found = adapter_store.choices(store, owner)
+    mine = {c.ref for c in found}
+    return gr.Dropdown([(c.title, c.ref) for c in found], value=[r for r in picked or [] if r in mine])
+
+
+def send_adapters(store: Store, owner: str, paths: list[str] | None, picked: Any) -> tuple[Any, list[str]]:
+    """The dropdown with what was sent added and picked, and one sentence for every file that could not be used. A PEFT
+    folder's configuration goes with its weights; any other file is an adapter of its own."""
+    sent = [(Path(path), Path(path).name) for path in paths or []]
+    together = any(name.lower().endswith(".json") for _, name in sent)
+    refs, problems = list(picked or []), []
+    for files in [sent] if together else [[file] for file in sent[: MOST + 1]]:
+        try:
+            refs.append(adapter_store.Adapters(store.home, owner).add(files))
+        except LabError as problem:
+            problems.append(str(problem))
+    return known_adapters(store, owner, refs[:MOST]), problems
+
+
+def _ticked(values: dict[str, Any]) -> bool:
+    return isinstance(values["picker"], dict) and bool(values["picker"].get("chosen"))
 
 
 def missing(values: dict[str, Any]) -> list[str]:
@@ -172,7 +229,7 @@ def missing(values: dict[str, Any]) -> list[str]:
         )
     if not str(values["class_word"] or "").strip():
         todo.append("say what the subject is (class word)")
-    if not (isinstance(values["picker"], dict) and values["picker"].get("chosen")):
+    if not _ticked(values) and not values.get("adapters"):
         todo.append("tick at least one method")
     return todo
 
@@ -186,7 +243,7 @@ def summarise(values: dict[str, Any]) -> str:
         spec, pictures = spec_of(values)
     except LabError as problem:
         return _panel([], "", f"<li>{e(problem)}</li>")
-    runs = len(spec["methods"]) * len(spec["seeds"])
+    runs, adapters = len(spec["methods"]) * len(spec["seeds"]), len(spec["adapters"])
     facts = [
         ("Base", base_words(resolve(spec["base"]))),
         ("Pictures", f"{len(pictures)}"),
@@ -196,6 +253,7 @@ def summarise(values: dict[str, Any]) -> str:
         ),
         ("Steps a run", f"{spec['steps']:,} × batch {spec['batch']}"),
         ("Each picture is seen", f"{spec['steps'] * spec['batch'] / len(pictures):,.0f} times"),
+        *([("Beside them", f"{adapters} adapter{'s' * (adapters > 1)} of yours")] if adapters else []),
         ("Grid", f"{len(spec['prompts'])} prompts × {len(spec['sample_seeds'])} seeds"),
     ]
     return _panel(facts, _bars(spec), "")
@@ -214,6 +272,8 @@ def _bars(spec: dict[str, Any]) -> str:
         id: choices.count(base, spec["targets"], METHODS[id], METHODS[id].knobs.parse(knobs), spec["text_encoder"])
         for id, knobs in spec["methods"].items()
     }
+    if not counts:
+        return ""
     most = max(count["n"] or 0 for count in counts.values()) or 1
     rows = "".join(
         f'<div class="bar" style="--c:{colour(id)};--w:{100 * (count["n"] or 0) / most:.1f}%" title="{e(count["error"])}">'

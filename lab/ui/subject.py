@@ -49,6 +49,13 @@ def _wire_setup(page: Page, form: setup.Setup) -> None:
         kept, word = setup.use_example(store, owner_of(request), event._data.get("id"))
         return kept, word, ""
 
+    def sent(request: gr.Request, paths: list[str] | None, picked: Any) -> tuple[Any, str]:
+        known, problems = setup.send_adapters(store, owner_of(request), paths, picked)
+        return known, setup.notices(problems)
+
+    def adapters(request: gr.Request, picked: Any) -> Any:
+        return setup.known_adapters(store, owner_of(request), picked)
+
     def rebased(base: str) -> list[Any]:
         row = pick(str(base or "").strip())
         return [*settings.shown(row.id).values(), gr.HTML(rows=choices.rows(row))]
@@ -68,7 +75,17 @@ def _wire_setup(page: Page, form: setup.Setup) -> None:
     }
     controls = [form.form[name] for name in settings.NAMES]
     typed = [class_word, form.form["trigger"], *controls]
-    gr.on([pictures.input, picker.input, *(c.change for c in typed)], **again)
+    beside = form.form["adapters"]
+    form.send.upload(
+        sentences(sent),
+        [form.send, beside],
+        [beside, form.notice],
+        api_visibility="private",
+        show_progress_on=form.send,
+    ).then(**again)
+    for event in (page.demo.load, *([page.tab.select] if page.tab is not None else [])):
+        event(sentences(adapters), beside, beside, **QUIET)  # runs have been done meanwhile
+    gr.on([pictures.input, picker.input, beside.change, *(c.change for c in typed)], **again)
     form.files.upload(
         sentences(added),
         [form.files, pictures],
