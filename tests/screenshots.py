@@ -41,6 +41,7 @@ def take(chrome: Any, address: str, folder: Path, steps: int | None) -> None:
         ("runs", "#runs .empty"),
         ("methods", "#methods-table table"),
         ("budget", "#tab-budget"),
+        ("system", "#system table"),
     ):
         every_look(
             chrome, None, f"{address}?tab={tab}", wait, folder, f"{tab}-empty" if tab in ("subject", "runs") else tab

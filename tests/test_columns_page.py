@@ -64,7 +64,7 @@ def test_adapters_alone_are_enough(store: Store, file: Path) -> None:
 def test_a_strangers_adapter_is_none(store: Store, file: Path) -> None:
     known, _ = setup.send_adapters(store, "ann", [str(file)], [])
     for refs in (known.value, ["file:" + "0" * 24], ["file:../../x"], [str(file)], ["run:" + "0" * 24], [None]):
-        with pytest.raises(LabError, match="not there|not found"):
+        with pytest.raises(LabError, match=r"not there|not found"):
             setup.submit(store, "eve", drafted(store, "eve", adapters=refs))
     assert setup.known_adapters(store, "eve", known.value).value == []
     for refs in ("file:x", {"a": 1}, ["file:" + "0" * 24] * 9):
