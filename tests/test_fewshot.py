@@ -443,6 +443,31 @@ def test_table_has_a_column_for_each_dataset_and_number_of_shots():
     assert len(table.results_csv(found).splitlines()) == 7
 
 
+def test_measured_table_tells_what_lies_beyond_the_noise():
+    from lab.bench import fewshot_table
+
+    runs = []
+    for method, four, sixteen in (
+        ("zero-shot", [0.24] * 3, [0.24] * 3),
+        ("lora", [0.30, 0.31, 0.32], [0.40, 0.41, 0.42]),
+        ("vera", [0.24, 0.25, 0.23], [0.25, 0.24, 0.25]),
+    ):
+        for one, other in zip(results(method, four), results(method, sixteen, 16), strict=True):
+            one["result"]["shots"] += other["result"]["shots"]
+            runs.append(one)
+    for run_ in runs:
+        for part in run_["result"]["shots"]:
+            part["cpu_seconds"] = 2.0
+    made = fewshot_table.report(table.records(runs))
+    verdicts = {row["method"]: (*row["above_zero_shot"], row["more_shots_better"]) for row in made["rows"]}
+    assert verdicts["lora"] == (True, True, True)
+    assert verdicts["vera"] == (False, False, False)
+    assert made["cpu_seconds"] == 2 * 18
+    text = "\n".join(fewshot_table.lines(made | {"preset": "short"}))
+    assert "| LoRA | 10 | **31.0 ± 1.0** | **41.0 ± 1.0** | yes | yes | yes | 2.0 |" in text
+    assert "36 CPU seconds in all" in text
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
 def test_command_line_on_a_folder_with_the_embedded_model(tmp_path, capsys):
     for c, (name, colour) in enumerate(zip(micro_clip.CLASSES, micro_clip.COLOURS, strict=True)):

@@ -1,6 +1,6 @@
 """A training step of CLIP-LoRA's preset against a plain loop with PEFT's LoRA over the same model; NoRA and NOLA beside.
 
-    python -m lab bench fewshot_step --base ViT-B-16:random --batch 4
+    python -m lab bench fewshot_step --base ViT-B-16:random --batch 4 --write
 
 Every candidate does forward, backward and AdamW on the same pictures and class texts, in the same precision. The plain
 loop is what CLIP-LoRA's own code does: `encode_image`, `encode_text` on texts padded to the model's full length,
@@ -19,24 +19,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", default="ViT-B-16:random", metavar="NAME")
     parser.add_argument("--batch", type=int, default=4, metavar="N")
     parser.add_argument("--classes", type=int, default=10, metavar="N")
-    parser.add_argument("--repetitions", type=int, default=2, metavar="N")
+    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="least time of so many")
+    parser.add_argument("--write", action="store_true", help="write the table into lab/bench/fewshot.md")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from lab.bench import _tables
     from lab.bench._steps import least_times
+    from lab.bench.fewshot_table import HEAD, PAGE
     from lab.clip.bases import resolve
 
+    torch.set_num_threads(1)  # CPU seconds of several threads count their waiting, too
     clip = resolve(args.base).load()
     made = {"plain PEFT loop": _plain(clip, args.batch, args.classes)}
     made |= {id: _ours(clip, id, args.batch, args.classes) for id in ("clip-lora", "nora", "nola")}
     times = least_times(made, args.repetitions)
-    first = times["plain PEFT loop"]
-    return {
+    first, own = times["plain PEFT loop"], times["clip-lora"]
+    result = {
         "base": args.base,
         "batch": args.batch,
         "classes": args.classes,
-        "steps": [{"step": id, "seconds": round(t, 4), "ratio": round(t / first, 3)} for id, t in times.items()],
+        "steps": [
+            {"step": id, "seconds": round(t, 4), "ratio": round(t / first, 3), "to_clip_lora": round(t / own, 3)}
+            for id, t in times.items()
+        ],
     }
+    if args.write:
+        _tables.write(PAGE, "step", "\n".join(lines(result)), HEAD)
+    return result
 
 
 def _data(clip: Any, batch: int, classes: int) -> tuple[Any, Any, list[str]]:
@@ -98,7 +110,23 @@ def _ours(clip: Any, id: str, batch: int, classes: int) -> Any:
     return step
 
 
+def lines(result: dict[str, Any]) -> list[str]:
+    """The table in Markdown."""
+    return [
+        "## A training step of CLIP-LoRA's preset",
+        "",
+        f"`python -m lab bench fewshot_step --base {result['base']} --batch {result['batch']} --write`: {result['base']}, q, k and"
+        f" v of both towers, batch {result['batch']}, {result['classes']} classes; forward, backward and AdamW, CPU seconds of one"
+        " thread, least of the repetitions, which take turns.",
+        "",
+        "| | s | against the plain loop | against CLIP-LoRA here |",
+        "|-|-:|-:|-:|",
+        *(
+            f"| {row['step']} | {row['seconds']:.3f} | {row['ratio']:.3f} | {row['to_clip_lora']:.3f} |"
+            for row in result["steps"]
+        ),
+    ]
+
+
 def show(result: dict[str, Any]) -> None:
-    print(f"{result['base']}, batch {result['batch']}, {result['classes']} classes")
-    for row in result["steps"]:
-        print(f"{row['step']:<18}{row['seconds']:>9.3f} s{row['ratio']:>8.3f}")
+    print("\n".join(lines(result)))
