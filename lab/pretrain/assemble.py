@@ -12,7 +12,7 @@ import torch
 
 from lab.errors import LabError
 from lab.pretrain import card, clip, unet, vae
-from lab.pretrain.common import ASSETS, home
+from lab.pretrain.common import ASSETS, facts_of, home
 from lab.pretrain.sprites import Sprites, load_sprites
 
 LIMIT_BYTES = 60_000_000
@@ -113,7 +113,7 @@ def write_open_clip(folder: Path, model: Any, config: dict) -> None:
 
 def _facts() -> dict[str, dict]:
     """Steps, seconds and parameters of each stage, with what the weights it started from had behind them."""
-    facts = {}
+    facts = facts_of(ASSETS)  # of a stage that was not run here
     for stage in ("clip", "vae", "decoder", "unet"):
         path = home() / f"{stage}.pt"
         if path.exists():

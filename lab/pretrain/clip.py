@@ -247,8 +247,9 @@ def train(
     torch.manual_seed(0)
     towers = Towers(config, small)
     known = start_from(towers, ASSETS) > 0
-    with torch.no_grad():
-        towers.clip.logit_scale.fill_(math.log(30))  # rises too slowly by itself
+    if not known:
+        with torch.no_grad():
+            towers.clip.logit_scale.fill_(math.log(30))  # rises too slowly by itself
     trainer = Trainer("clip", towers, peak=8e-4, weight_decay=0.05, ema=0.99, from_assets=known)
 
     def evaluate() -> str:
