@@ -14,6 +14,8 @@ _INNER = re.compile(
 _SHORT = (
     (r"^text_encoder\.text_model\.encoder\.layers\.", "text 1 · "),
     (r"^text_encoder_2\.text_model\.encoder\.layers\.", "text 2 · "),
+    (r"^text_model\.encoder\.layers\.", "text · "),
+    (r"^vision_model\.encoder\.layers\.", "vision · "),
     (r"^visual\.(?:trunk\.|transformer\.)?(?:resblocks|blocks)\.", "vision · "),
     (r"^(?:transformer\.)?resblocks\.", "text · "),
     (r"^(?:\w+\.)*layers\.", "layer "),
