@@ -148,6 +148,48 @@ def test_fits_are_as_near_as_can_be() -> None:
         point("lora", 8, 16, target="mine")
 
 
+def test_the_real_target_is_a_change_of_the_embedded_base() -> None:
+    W, change = fit.real()
+    assert W.shape == change.shape == (64, 64)
+    assert 1e-3 < np.linalg.norm(change) / np.linalg.norm(W) < 1  # a fine-tuning, not another weight
+    goal, d = fit.target("real", 24, 0), 24
+    assert np.linalg.norm(goal) == pytest.approx(1)
+    assert np.allclose(goal * np.linalg.norm(change[:d, :d]), change[:d, :d])
+    values = np.linalg.svd(change[:d, :d], compute_uv=False)
+    tail = np.sqrt((values[2:] ** 2).sum() / (values**2).sum())
+    assert point("lora", d, 2 * 2 * d, target="real")["error"] == pytest.approx(tail, rel=1e-9)
+
+
+def test_the_real_target_is_fitted_on_its_own_weight() -> None:
+    W, change = fit.real()
+    d, given = 16, {"r_outer": 10, "r_inner": 3}
+    found = point("nora", d, 60, given=given, target="real")["error"]
+    scale = np.linalg.norm(change[:d, :d])
+    U, S, Vt = np.linalg.svd(W[:d, :d] / scale)
+    X = U[:, :10].T @ (change[:d, :d] / scale) @ Vt[:10].T
+    tail = np.linalg.svd(X + np.diag(S[:10] * (np.arange(10) < 3)), compute_uv=False)[3:]
+    assert found == pytest.approx(np.sqrt(1 - (X**2).sum() + (tail**2).sum()), rel=1e-9)
+    assert found != pytest.approx(point("nora", d, 60, given=given, target="low")["error"], rel=1e-3)
+    assert np.array_equal(maps.weight(d, 0), maps.weight(d, 0))  # random again outside
+    assert not np.allclose(maps.weight(d, 0), W[:d, :d] / scale)
+
+
+def test_large_layers_take_turns_and_say_so() -> None:
+    from lab.coverage import report
+
+    asked = report.view({"d": 40, "m": "pranc", "n": "8,16"})
+    report._large.acquire()  # somebody else measures
+    try:
+        steps = report.answers(asked)
+        said = [next(steps).running for _ in range(3)]
+    finally:
+        report._large.release()
+    assert said[-1] == "PRANC, after another visitor's"
+    *_, last = steps
+    assert [row["trainable_parameters"] for row in last.rows] == [8, 16]
+    assert not report._large.locked()
+
+
 def test_points_are_the_same_again() -> None:
     from lab.coverage import curves
 
@@ -240,7 +282,7 @@ def test_tab_draws_closed_forms_first_and_points_after() -> None:
     assert "python -m lab coverage --d 6 --method pranc --method nola --method lora --params 2," in last[2]
 
 
-@pytest.mark.parametrize("show", ["local", "rank", "error-full", "error-low"])
+@pytest.mark.parametrize("show", ["local", "rank", "error-full", "error-low", "error-real"])
 def test_tab_shows_every_measure(show: str) -> None:
     from lab.ui.coverage import drawn
 

@@ -3,6 +3,7 @@
     python -m lab coverage --d 16 --method nola --params 8,16,32
     python -m lab coverage --d 16 --method nola --method pranc --method nora --params 8,16,32,64
     python -m lab coverage --d 16 --method lora --params 64 --target full
+    python -m lab coverage --d 32 --method nora --method lora --target real
 
 rank is the dimension of the span of random updates, coverage its share of d². Settings for a number of parameters come
 from the method's own solver; where they leave a choice, the widest span is taken. closed_form is a share of d² too.
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="NOLA with the frozen A₀ of its authors' code, not the paper's equation",
     )
     parser.add_argument(
-        "--target", choices=("full", "low"), help="fit a random target instead: the best reachable error"
+        "--target",
+        choices=("full", "low", "real"),
+        help="fit a target instead, random or a real fine-tuning difference: the best reachable error",
     )
     parser.add_argument("--spectra", action="store_true", help="the singular values behind each number, in the result")
 

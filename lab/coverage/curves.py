@@ -167,9 +167,10 @@ def point(
             return _known[key]
     began = time.perf_counter()
     record, knobs = base(METHODS[id], d, n, given, start=start)
-    update = update_map(METHODS[id], d, knobs, seed, start=start)
-    closed = closed_form(id, d, knobs, start=start)
-    record |= _fitted(id, update, knobs, d, seed, target) if target else _measured(update, seed, closed, spectra)
+    with maps.on_weight(fit.base_weight(target, d)):
+        update = update_map(METHODS[id], d, knobs, seed, start=start)
+        closed = closed_form(id, d, knobs, start=start)
+        record |= _fitted(id, update, knobs, d, seed, target) if target else _measured(update, seed, closed, spectra)
     record["seconds"] = round(time.perf_counter() - began, 4)
     with _lock:
         _known[key] = record

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +11,36 @@ import numpy as np
 from lab.coverage.maps import Array, UpdateMap, generator, weight
 from lab.methods.spec import Layer
 
-TARGETS = {"full": "a random matrix of full rank", "low": "a random matrix of rank d/8"}
+TARGETS = {
+    "full": "a random matrix of full rank",
+    "low": "a random matrix of rank d/8",
+    "real": "what fine-tuning in full changed in a layer of the embedded base (its first d rows and columns)",
+}
+REAL = Path(__file__).resolve().parents[2] / "assets" / "coverage" / "difference.npz"  # made by _difference.py
 STEPS, STARTS = 60, 2
 
 
+@functools.cache
+def real() -> tuple[Array, Array]:
+    """(W, ΔW), 64×64: the embedded base's weight and what fine-tuning it in full added."""
+    with np.load(REAL, allow_pickle=False) as file:
+        return file["W"].astype(np.float64), file["change"].astype(np.float64)
+
+
+def base_weight(kind: str, d: int) -> Array | None:
+    """The base weight that belongs to a target of norm 1, in the proportion that both have in the model; None: a random one."""
+    if kind != "real":
+        return None
+    W, change = real()
+    return W / np.linalg.norm(change[:d, :d])
+
+
 def target(kind: str, d: int, seed: int) -> Array:
-    """The matrix to reach (d, d), of norm 1: normal entries, or a product of normal d×r and r×d matrices, r = ⌈d/8⌉."""
+    """The matrix to reach (d, d), of norm 1: normal entries, a product of normal d×r and r×d matrices, r = ⌈d/8⌉, or the
+    first d rows and columns of a real difference."""
+    if kind == "real":
+        made = real()[1][:d, :d]
+        return made / np.linalg.norm(made)
     rng = generator(seed, "target", kind, d)
     r = -(-d // 8)
     made = rng.standard_normal((d, d)) if kind == "full" else rng.standard_normal((d, r)) @ rng.standard_normal((r, d))

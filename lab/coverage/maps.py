@@ -5,9 +5,11 @@ Imports no torch. Frozen tensors are drawn from the seed; trained ones are given
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +69,23 @@ def generator(seed: int, *what: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox([seed, *(zlib.crc32(str(w).encode()) for w in what)]))
 
 
+_given: ContextVar[Array | None] = ContextVar("base weight", default=None)
+
+
+@contextlib.contextmanager
+def on_weight(W: Array | None) -> Generator[None]:
+    """Maps made meanwhile have the first d rows and columns of W as their base weight, in place of a random one."""
+    token = _given.set(W)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
 def weight(d: int, seed: int) -> Array:
-    """The base weight W (d, d) of every map of this d and seed: normal, of spectral norm about 2."""
+    """The base weight W (d, d) of every map of this d and seed: normal, of spectral norm about 2; or the given one."""
+    if (given := _given.get()) is not None:
+        return np.ascontiguousarray(given[:d, :d], dtype=np.float64)
     return generator(seed, "weight", d).standard_normal((d, d)) / math.sqrt(d)
 
 

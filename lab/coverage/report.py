@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ WHAT = {
     "rank": "Rank of one update",
     "error-full": "Fit, full-rank target",
     "error-low": "Fit, low-rank target",
+    "error-real": "Fit, real fine-tuning",
 }
 KEYS = {"coverage": ("coverage", "closed_form"), "local": ("local_dimension", "local_closed_form"),
         "rank": ("update_rank", "update_rank_closed_form"), "error": ("error", "")}  # fmt: skip
@@ -122,7 +122,7 @@ class Answer:
     drawn: list[Record]
     rows: list[Record]
     notes: dict[str, str]
-    running: str = ""  # name of the method being measured
+    running: str = ""  # the method being measured and how far it is
 
 
 def answers(asked: View) -> Iterator[Answer]:
@@ -136,17 +136,21 @@ def answers(asked: View) -> Iterator[Answer]:
         drawn = [_drawn(asked, id, lines[id], points[id]) for id in asked.methods if lines[id] or points[id]]
         return Answer(asked, drawn, [r for id in asked.methods for r in points[id]], dict(notes), running)
 
-    order = sorted(asked.methods, key=apart.needed)
+    order, many = sorted(asked.methods, key=apart.needed), len(asked.wanted())
     for id in order:
+        name = METHODS[id].name
         if time.monotonic() - last > PAINT_S or apart.needed(id):
             last = time.monotonic()
-            yield now(METHODS[id].name)
+            yield now(name)
         try:
             for record in _points(asked, id):
+                if record is None:  # somebody else's large layer is being measured
+                    yield now(f"{name}, after another visitor's")
+                    continue
                 points[id].append(record)
                 if time.monotonic() - last > 2 * PAINT_S:
                     last = time.monotonic()
-                    yield now(METHODS[id].name)
+                    yield now(f"{name}, {len(points[id])} of {many} points")
         except LabError as problem:
             notes[id] = str(problem)
     yield now()
@@ -166,24 +170,37 @@ def _line(asked: View, id: str) -> list[list[float]]:
     return [[r["trainable_parameters"], r[key]] for r in rows if r["trainable_parameters"] <= 1.5 * high]
 
 
-def _points(asked: View, id: str) -> Iterator[Record]:
-    """The method's points, each setting once, those far beyond the asked range left out but for its smallest."""
+def _points(asked: View, id: str) -> Iterator[Record | None]:
+    """The method's points, each setting once, those far beyond the asked range left out but for its smallest. None again
+    and again while a large layer waits for its turn."""
     counts = asked.wanted()
     if apart.needed(id):
         found: Any = apart.curve(id, asked.d, counts, seed=asked.seed, target=asked.target)
     else:
         options: Any = {"seed": asked.seed, "start": asked.start, "target": asked.target, "spectra": False}
-        found = (_point(asked, id, n, options) for n in counts)
+        found = _in_turn(asked.d, (lambda n=n: curves.curve(id, asked.d, [n], **options)[0] for n in counts))
     seen = set()
     for record in found:
-        if record["trainable_parameters"] not in seen:
+        if record is None:
+            yield None
+        elif record["trainable_parameters"] not in seen:
             seen.add(record["trainable_parameters"])
             yield record
 
 
-def _point(asked: View, id: str, n: int, options: dict[str, Any]) -> Record:
-    with _large if asked.d > LARGE_D else contextlib.nullcontext():
-        return curves.curve(id, asked.d, [n], **options)[0]
+def _in_turn(d: int, measure: Iterable[Callable[[], Record]]) -> Iterator[Record | None]:
+    """Each measurement, large ones one at a time, whoever asks."""
+    for one in measure:
+        if d <= LARGE_D:
+            yield one()
+            continue
+        while not _large.acquire(timeout=2 * PAINT_S):
+            yield None
+        try:
+            record = one()
+        finally:
+            _large.release()
+        yield record
 
 
 def _drawn(asked: View, id: str, line: list[list[float]], rows: list[Record]) -> Record:

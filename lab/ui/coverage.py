@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from lab.coverage import TOLERANCE, curves, report
+from lab.coverage import TOLERANCE, curves, fit, report
 from lab.errors import LabError
 from lab.methods import METHODS
 from lab.plots import PLOTS
@@ -20,6 +20,10 @@ from lab.ui import Page, Tab
 from lab.ui.html import dot, e, error, static
 from lab.ui.owner import owner_of
 
+SCALES = {  # how the base's weight stands to the target: NoRA and DoRA depend on it
+    "real": " W and ΔW have the sizes they have in the model.",
+    "": " The target has norm 1, W about √d: NoRA has to undo its subtracted start, which costs it rank.",
+}
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 NAMES = ("d", "m", "upto", "n", "show", "a0", "log", "seed")
 INTRO = """<div class="lab coverage-intro"><h2>Which updates can a method reach?</h2>
@@ -30,9 +34,8 @@ SAYS = {
     "local": "In how many independent directions an update can move when the trained numbers move a little. It never exceeds"
     " n, and falls short of n where several settings of the numbers give one update.",
     "rank": "The matrix rank of one random update.",
-    "error": "How near the method comes to a random matrix, as a share of its norm: exact by singular values or least"
-    " squares where that is possible, else the best of two descents (an upper bound). The target has norm 1, W about √d:"
-    " NoRA has to undo its subtracted start, which costs it rank.",
+    "error": "How near the method comes to {target}, as a share of its norm: exact by singular values or least squares where"
+    " that is possible, else the best of two descents (an upper bound).",
 }
 
 
@@ -186,7 +189,10 @@ def sentence(answer: report.Answer) -> str:
     """What is shown, in words, and what is being measured or could not be."""
     notes = "".join(f"<p>{dot(id)} {e(METHODS[id].name)}: {e(text)}</p>" for id, text in answer.notes.items())
     busy = f'<p class="busy">Measuring {e(answer.running)} …</p>' if answer.running else ""
-    return f'<div class="lab coverage-said"><p>{e(SAYS[answer.view.kind])}</p>{notes}{busy}</div>'
+    said, target = SAYS[answer.view.kind], answer.view.target
+    if target:
+        said = said.format(target=fit.TARGETS[target]) + SCALES.get(target, SCALES[""])
+    return f'<div class="lab coverage-said"><p>{e(said)}</p>{notes}{busy}</div>'
 
 
 def choices(answer: report.Answer) -> Any:
