@@ -74,6 +74,7 @@ class Dataset:
     licence: str
     load: Callable[[Path], Listing]
     folder: str = ""  # under LAB_DATA; empty: comes with the lab
+    elsewhere: str = ""  # another folder under LAB_DATA that it may lie in
     summary: str = ""
     flip: bool = True  # whether a mirror image is still of its class
     order: int = 100
@@ -86,7 +87,8 @@ class Dataset:
 
     def is_here(self) -> bool:
         """Whether it can be used without downloading anything."""
-        return not self.folder or (data_root() / self.folder).is_dir()
+        places = [place for place in (self.folder, self.elsewhere) if place]
+        return not self.folder or any((data_root() / place).is_dir() for place in places)
 
 
 DATASETS: Registry[Dataset] = Registry("dataset", "lab.datasets")

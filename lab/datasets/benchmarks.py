@@ -34,7 +34,7 @@ class Benchmark:
     labels: str = "_labels"
     names: str = "classes"
     parts: tuple[tuple[str, dict[str, Any]], ...] = ()
-    drop: tuple[str, ...] = ()  # classes that the field leaves out
+    rename: Callable[[str], str] = str  # torchvision's name of a class → the field's
 
     def load(self, root: Path) -> Listing:
         folder = root / self.folder
@@ -49,17 +49,11 @@ class Benchmark:
     def _from_torchvision(self, root: Path) -> Listing:
         sets = {part: self._part(root, arguments) for part, arguments in self.parts}
         every = [str(name) for name in getattr(next(iter(sets.values())), self.names)]
-        kept = [name for name in every if name not in self.drop]
-        number = {i: kept.index(name) for i, name in enumerate(every) if name in kept}
         pictures = {
-            part: [
-                Picture(f"{part}/{i}", number[int(label)])
-                for i, label in enumerate(getattr(data, self.labels))
-                if int(label) in number
-            ]
+            part: [Picture(f"{part}/{i}", _label(given)) for i, given in enumerate(getattr(data, self.labels))]
             for part, data in sets.items()
         }
-        names = [name.replace("_", " ") for name in kept]
+        names = [self.rename(name).replace("_", " ") for name in every]
 
         def read(key: str) -> Image.Image:
             part, _, i = key.partition("/")
@@ -67,7 +61,9 @@ class Benchmark:
 
         if "all" in pictures:
             every_one = pictures["all"]
-            train, test = protocol.split([p.label for p in every_one], [p.key for p in every_one], len(names))
+            files = getattr(sets["all"], "_image_files", None) or [path for path, _ in sets["all"].samples]
+            keys = [Path(file).name for file in files]  # the order of files differs from machine to machine
+            train, test = protocol.split([p.label for p in every_one], keys, len(names))
             return Listing(names, [every_one[i] for i in train], [every_one[i] for i in test], read, notes=[_NO_SPLIT])
         return Listing(names, pictures["train"], pictures["test"], read, pictures.get("validation", []))
 
@@ -88,6 +84,27 @@ class Benchmark:
             ) from error
 
 
+def _label(given: Any) -> int:
+    """A label, or the (path, label) that Stanford Cars has."""
+    return int(given[1] if isinstance(given, tuple) else given)
+
+
+def _place_first(name: str) -> str:
+    """SUN397: "apartment_building/outdoor" → "outdoor apartment building", as CoOp names it."""
+    return " ".join(reversed(name.split("/")))
+
+
+def _year_first(name: str) -> str:
+    """Stanford Cars: "Audi S4 Sedan 2012" → "2012 Audi S4 Sedan", as CoOp names it."""
+    words = name.split(" ")
+    return " ".join([words[-1], *words[:-1]])
+
+
+_LAND = {
+    "AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous Vegetation Land", "Highway": "Highway or Road",
+    "Industrial": "Industrial Buildings", "Pasture": "Pasture Land", "PermanentCrop": "Permanent Crop Land",
+    "Residential": "Residential Buildings", "SeaLake": "Sea or Lake",
+}  # fmt: skip
 _NO_SPLIT = "No split file was at hand, so half of each class, drawn once, is kept for testing: figures do not compare with papers'."
 
 
@@ -109,6 +126,26 @@ def _listing(
         return uploads.decode(images / key)
 
     return Listing([name.replace("_", " ") for name in names], train, test, read, validation)
+
+
+def _caltech(root: Path) -> Listing:
+    """Caltech-101 by CoOp's split file, or its folders alone, without the two that the field leaves out. Read without
+    torchvision, whose reader wants scipy for annotations that nobody needs here."""
+    coop = Benchmark("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json")
+    if (root / coop.folder / coop.split_file).is_file():
+        return coop.load(root)
+    places = [root / name / coop.images for name in ("caltech-101", "caltech101")]
+    images = next((place for place in places if place.is_dir()), None)
+    if images is None:
+        raise LabError(f"Caltech-101 is not on this machine: put {coop.images} into caltech-101/ under LAB_DATA.")
+    names = sorted(p.name for p in images.iterdir() if p.is_dir() and p.name not in ("BACKGROUND_Google", "Faces_easy"))
+    keys = [(f"{name}/{p.name}", i) for i, name in enumerate(names) for p in sorted((images / name).glob("*.jpg"))]
+    train, test = protocol.split([label for _, label in keys], [key for key, _ in keys], len(names))
+    parts = [[Picture(*keys[i]) for i in part] for part in (train, test)]
+    singular = {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike"}
+    made = _listing([singular.get(name, name) for name in names], parts[0], parts[1], images, [])
+    made.notes.append(_NO_SPLIT)
+    return made
 
 
 def _aircraft(root: Path) -> Listing:
@@ -151,35 +188,39 @@ _THREE = (("train", {"split": "train"}), ("validation", {"split": "val"}), ("tes
 _CIFAR = (("train", {"train": True}), ("test", {"train": False}))
 _ALL = (("all", {}),)
 
-_ROWS: list[tuple[str, str, str, Callable[[Path], Listing], str]] = [
+# id, name, template, load, CoOp's folder, torchvision's where it is another
+_ROWS: list[tuple[str, str, str, Callable[[Path], Listing], str, str]] = [
     ("food101", "Food-101", "a photo of {}, a type of food.",
-     Benchmark("food-101", "images", "split_zhou_Food101.json", "Food101", parts=_TWO).load, "food-101"),
+     Benchmark("food-101", "images", "split_zhou_Food101.json", "Food101", parts=_TWO).load, "food-101", ""),
     ("pets", "Oxford-IIIT Pets", "a photo of a {}, a type of pet.",
      Benchmark("oxford_pets", "images", "split_zhou_OxfordPets.json", "OxfordIIITPet",
-               parts=(("train", {"split": "trainval"}), ("test", {"split": "test"}))).load, "oxford_pets"),
+               parts=(("train", {"split": "trainval"}), ("test", {"split": "test"})), rename=str.lower).load,
+     "oxford_pets", "oxford-iiit-pet"),
     ("dtd", "Describable Textures", "{} texture.",
-     Benchmark("dtd", "images", "split_zhou_DescribableTextures.json", "DTD", parts=_THREE).load, "dtd"),
+     Benchmark("dtd", "images", "split_zhou_DescribableTextures.json", "DTD", parts=_THREE).load, "dtd", ""),
     ("eurosat", "EuroSAT", "a centered satellite photo of {}.",
-     Benchmark("eurosat", "2750", "split_zhou_EuroSAT.json", "EuroSAT", "targets", parts=_ALL).load, "eurosat"),
+     Benchmark("eurosat", "2750", "split_zhou_EuroSAT.json", "EuroSAT", "targets", parts=_ALL,
+               rename=lambda name: _LAND.get(name, name)).load, "eurosat", ""),
     ("flowers102", "Flowers-102", "a photo of a {}, a type of flower.",
      Benchmark("oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json", "Flowers102", parts=_THREE).load,
-     "oxford_flowers"),
-    ("aircraft", "FGVC-Aircraft", "a photo of a {}, a type of aircraft.", _aircraft, "fgvc_aircraft"),
-    ("caltech101", "Caltech-101", "a photo of a {}.",
-     Benchmark("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json", "Caltech101", "y", "categories",
-               _ALL, ("BACKGROUND_Google", "Faces_easy")).load, "caltech-101"),
+     "oxford_flowers", "flowers-102"),
+    ("aircraft", "FGVC-Aircraft", "a photo of a {}, a type of aircraft.", _aircraft, "fgvc_aircraft",
+     "fgvc-aircraft-2013b"),
+    ("caltech101", "Caltech-101", "a photo of a {}.", _caltech, "caltech-101", "caltech101"),
     ("sun397", "SUN397", "a photo of a {}.",
-     Benchmark("sun397", "SUN397", "split_zhou_SUN397.json", "SUN397", parts=_ALL).load, "sun397"),
+     Benchmark("sun397", "SUN397", "split_zhou_SUN397.json", "SUN397", parts=_ALL, rename=_place_first).load, "sun397",
+     "SUN397"),
     ("cars", "Stanford Cars", "a photo of a {}.",
-     Benchmark("stanford_cars", "", "split_zhou_StanfordCars.json").load, "stanford_cars"),
+     Benchmark("stanford_cars", "", "split_zhou_StanfordCars.json", "StanfordCars", "_samples", parts=_TWO,
+               rename=_year_first).load, "stanford_cars", ""),
     ("ucf101", "UCF-101 (middle frames)", "a photo of a person doing {}.",
-     Benchmark("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json").load, "ucf101"),
+     Benchmark("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json").load, "ucf101", ""),
     ("cifar10", "CIFAR-10", "a photo of a {}.",
-     Benchmark("", torchvision="CIFAR10", labels="targets", parts=_CIFAR).load, "cifar-10-batches-py"),
+     Benchmark("", torchvision="CIFAR10", labels="targets", parts=_CIFAR).load, "cifar-10-batches-py", ""),
     ("cifar100", "CIFAR-100", "a photo of a {}.",
-     Benchmark("", torchvision="CIFAR100", labels="targets", parts=_CIFAR).load, "cifar-100-python"),
-    ("cub200", "CUB-200", "a photo of a {}, a type of bird.", _cub, "CUB_200_2011"),
+     Benchmark("", torchvision="CIFAR100", labels="targets", parts=_CIFAR).load, "cifar-100-python", ""),
+    ("cub200", "CUB-200", "a photo of a {}, a type of bird.", _cub, "CUB_200_2011", ""),
 ]  # fmt: skip
 
-for _order, (_id, _name, _template, _load, _folder) in enumerate(_ROWS):
-    register(Dataset(_id, _name, _template, "see its authors' page", _load, _folder, order=30 + _order))
+for _order, (_id, _name, _template, _load, _folder, _other) in enumerate(_ROWS):
+    register(Dataset(_id, _name, _template, "see its authors' page", _load, _folder, _other, order=30 + _order))
