@@ -18,6 +18,7 @@ from lab.ui.owner import owner_of
 
 TICK_S = 3.0
 LOG_LINES = 80
+NEW = '<p style="margin-top:16px"><button class="act" data-do="new">Begin with some pictures</button></p>'
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -25,18 +26,20 @@ def build(page: Page) -> None:
     store, tabs = page.store, {tab.id for tab in discover()}
     shown_log = gr.State(None)  # id of the run whose log is open
     timer = gr.Timer(TICK_S, active=False)
-    with gr.Row(equal_height=True):
-        text = gr.Textbox(label="Search", placeholder="subject, method or message", scale=3, max_length=200)
+    with gr.Row(equal_height=True, visible=False) as search:
+        text = gr.Textbox(
+            label="Search", placeholder="subject, method or message", scale=3, max_length=200, min_width=260
+        )
         state = gr.Dropdown([("any state", ""), *((s, s) for s in STATES)], value="", label="State", min_width=140)
         method = gr.Dropdown([("any method", "")], value="", label="Method", min_width=140, elem_id="runs-method")
     listing = view(apply_default_css=False, elem_id="runs")
 
-    def shown(request: gr.Request, *given: Any) -> tuple[Any, Any, Any]:
+    def shown(request: gr.Request, *given: Any) -> tuple[Any, Any, Any, Any]:
         owner = owner_of(request)
         found, going = list_html(store, owner, *given)
         mine = sorted({run.method for run in store.runs(owner)})
         choices = [("any method", ""), *((render.name(m), m) for m in mine)]
-        return found, gr.Timer(active=going), gr.Dropdown(choices)
+        return found, gr.Timer(active=going), gr.Dropdown(choices), gr.Row(visible=bool(mine))
 
     def clicked(request: gr.Request, log: str | None, event: gr.EventData) -> tuple[Any, Any, Any]:
         said = event._data or {}
@@ -47,6 +50,8 @@ def build(page: Page) -> None:
             return id, gr.Tabs(selected=tab if tab in tabs else "subject"), log
         if verb == "log":
             return gr.skip(), gr.skip(), None if log == id else id
+        if verb == "new":
+            return gr.skip(), gr.Tabs(selected="subject"), log
         act(store, owner_of(request), verb, id)
         return gr.skip(), gr.skip(), log
 
@@ -54,7 +59,7 @@ def build(page: Page) -> None:
     again: dict[str, Any] = {
         "fn": sentences(shown),
         "inputs": filters,
-        "outputs": [listing, timer, method],
+        "outputs": [listing, timer, method, search],
         "trigger_mode": "always_last",
         **QUIET,
     }
@@ -87,7 +92,7 @@ def list_html(
     if not everything:
         return (
             '<div class="lab">'
-            + empty("No runs yet", "A comparison that you train appears here, and stays when you close the page.")
+            + empty("No runs yet", "A comparison that you train appears here, and stays when you close the page.", NEW)
             + "</div>",
             False,
         )
