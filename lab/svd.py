@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+ALL = slice(None)
 
 
 class Basis(NamedTuple):
@@ -36,28 +39,38 @@ def exact(weight: torch.Tensor) -> Basis:
     return Basis(U.float(), S.float(), Vh.float())
 
 
-def by_gram(weight: torch.Tensor) -> Basis | None:
-    """Full SVD by the eigen-decomposition of the smaller Gram matrix in double precision.
+def by_gram(weight: torch.Tensor, part: slice = ALL) -> Basis | None:
+    """SVD by the eigen-decomposition of the smaller Gram matrix in double precision; of it the triplets in `part`.
 
-    WᵀW = V·Σ²·Vᵀ loses what lies below σ₁·10⁻⁸, far under float32's own 10⁻⁷: safe unless W is ill-conditioned.
-    The other side is W·V/σ. None when it is not safe: the caller takes the SVD.
+    WᵀW = V·Σ²·Vᵀ loses what lies below σ₁·10⁻⁸, far under float32's own 10⁻⁷: safe unless what is wanted is
+    ill-conditioned. The other side is W·V/σ, in double precision too: rounded to single, the same numbers come out
+    of every run, which single-precision products do not promise. None when it is not safe: the caller takes the SVD.
     """
     m, n = weight.shape
-    W = weight.double()
     if m < n:
-        flipped = by_gram(weight.T)
+        flipped = by_gram(weight.T, part)
         if flipped is None:
             return None
         U, Vh = signed(flipped.Vh.T.contiguous(), flipped.U.T.contiguous())
         return Basis(U, flipped.S, Vh)
-    values, vectors = torch.linalg.eigh(W.T @ W)
-    S = values.flip(0).clamp_min(0).sqrt()
-    if not bool(S[-1] > 1e-6 * S[0]):
+    W = weight.double()
+    values, vectors = torch.linalg.eigh(_lower_gram(W))
+    top, S = values[-1].clamp_min(0).sqrt(), values.flip(0)[part].clamp_min(0).sqrt()
+    if not bool(S[-1] > 1e-6 * top):
         return None
-    V = vectors.flip(1)
-    U = (W @ V) / S
-    U, Vh = signed(U, V.T)
+    V = vectors.flip(1)[:, part]
+    U, Vh = signed((W @ V) / S, V.T)
     return Basis(U.float(), S.float(), Vh.float())
+
+
+def _lower_gram(W: torch.Tensor, blocks: int = 4) -> torch.Tensor:
+    """WᵀW (n, n) for W (m, n), its upper blocks left at zero: eigh reads the lower triangle alone."""
+    n = W.shape[1]
+    made = W.new_zeros(n, n)
+    edges = [n * i // blocks for i in range(blocks + 1)]
+    for low, high in itertools.pairwise(edges):
+        made[low:high, :high] = W[:, low:high].T @ W[:, :high]
+    return made
 
 
 def leading(weight: torch.Tensor, r: int, rounds: int = 2, degree: int = 4) -> Basis | None:
@@ -98,9 +111,14 @@ def leading(weight: torch.Tensor, r: int, rounds: int = 2, degree: int = 4) -> B
     return Basis(U.float(), S.float(), Vh.float().contiguous())
 
 
-def factorise(weight: torch.Tensor) -> Basis:
-    """All singular triplets of a finite (m, n) matrix, the Gram way where it is safe."""
-    return by_gram(weight) or exact(weight)
+def factorise(weight: torch.Tensor, part: slice = ALL) -> Basis:
+    """The singular triplets in `part`, of all in descending order, of a finite (m, n) matrix: the Gram way where it is
+    safe."""
+    found = by_gram(weight, part)
+    if found is None:
+        full = exact(weight)
+        found = Basis(full.U[:, part], full.S[part], full.Vh[part])
+    return Basis(*(x.contiguous() for x in found))
 
 
 def cut(weight: torch.Tensor, r: int, smallest: bool = False) -> Basis:
@@ -108,9 +126,7 @@ def cut(weight: torch.Tensor, r: int, smallest: bool = False) -> Basis:
     size = min(weight.shape)
     if not smallest and size >= 256 and r <= size // 8 and (found := leading(weight, r)) is not None:
         return found
-    full = factorise(weight)
-    part = slice(size - r, None) if smallest else slice(0, r)
-    return Basis(full.U[:, part].contiguous(), full.S[part].contiguous(), full.Vh[part].contiguous())
+    return factorise(weight, slice(size - r, None) if smallest else slice(0, r))
 
 
 _folder: Path | None = None

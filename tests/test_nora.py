@@ -315,7 +315,7 @@ def test_basis_is_cached_and_a_broken_cache_is_no_error(monkeypatch):
     W = spectra(30, 20, "decaying")
     first = svd.basis(W, 6)
     (file,) = svd.cache_folder().glob("*.safetensors")
-    monkeypatch.setattr(svd, "factorise", lambda _: pytest.fail("computed again"))
+    monkeypatch.setattr(svd, "factorise", lambda *_: pytest.fail("computed again"))
     assert all(torch.equal(a, b) for a, b in zip(svd.basis(W, 6), first, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(svd.basis(copy.deepcopy(W), 6), first, strict=True))
     monkeypatch.undo()

@@ -6,6 +6,7 @@ runs every candidate in turn, and the least time of each is taken: what disturbs
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -118,6 +119,18 @@ OURS: dict[str, tuple[str, dict[str, Any], int]] = {  # label → method, settin
 }
 
 
+EMBEDDED: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # label → method, settings; NOLA's and PRANC's k and l are the defaults
+    "LoRA, r 8": ("lora", {"r": 8}),
+    "NoRA, r_outer 0.8, r_inner 4": ("nora", {"r_inner": 4}),
+    "NOLA uniform": ("nola", {"r": 8, "basis": "uniform"}),
+    "NOLA shared": ("nola", {"r": 8, "basis": "shared"}),
+    "NOLA hadamard": ("nola", {"r": 8, "basis": "hadamard"}),
+    "PRANC hadamard": ("pranc", {"basis": "hadamard"}),
+}
+
+
 def ours(repetitions: int) -> dict[str, Any]:
     """Our methods against LoRA of the same update rank, and against their plain forms."""
     calls = {label: step(adapted(id, **knobs)) for label, (id, knobs, _) in OURS.items()}
@@ -169,14 +182,16 @@ def embedded(repetitions: int) -> list[dict[str, Any]]:
     extra = {"text_embeds": torch.randn(4, pooled, generator=g), "time_ids": torch.full((4, 6), float(side * 8))}
     steps = torch.tensor([10, 300, 600, 900])
     names = targets.modules(unet, "attn")
-    settings = {"lora": {"r": 8}, "nora": {"r_inner": 4}, "nola": {"r": 8}, "pranc": {"basis": "hadamard"}}
-    seconds = {}
-    for id, knobs in settings.items():
-        model = METHODS[id].attach(unet, METHODS[id].knobs(**knobs), names)
+    calls: dict[str, Callable[[], Any]] = {}
+    for label, (id, knobs) in EMBEDDED.items():
+        method = METHODS[id]
+        model = method.attach(copy.deepcopy(unet), method.knobs(**knobs), names)
 
         def call(model: Any = model) -> None:
             model(x, steps, text, added_cond_kwargs=extra).sample.square().mean().backward()
 
-        seconds |= least_times({id: call}, repetitions)
-        model.unload()
-    return [{"method": id, "to_lora": seconds[id] / seconds["lora"]} for id in settings]
+        calls[label] = call
+    times = least_times(calls, repetitions)
+    return [
+        {"method": label, "ms": times[label] * 1e3, "to_lora": times[label] / times["LoRA, r 8"]} for label in times
+    ]
