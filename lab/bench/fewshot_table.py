@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results = [out / "runs" / comparison.run_name(planned) / "result.json" for planned in task.plan(spec)]
     found = table.records({"result": json.loads(path.read_text())} for path in results if path.exists())
     made = report(found) | {"wall_seconds": round(time.perf_counter() - began), "preset": spec["preset"]}
+    made["missing"] = len(results) * len(spec["shots"]) - made["runs"]
     if args.write:
         _tables.write(PAGE, "table", "\n".join(lines(made)), HEAD)
     return made
@@ -102,9 +103,11 @@ def lines(made: dict[str, Any]) -> list[str]:
         verdicts = ["", "", ""] if row["method"] == "zero-shot" else verdicts
         cells = [row["name"], f"{row['trainable_parameters']:,}", *row["cells"], *verdicts, f"{row['seconds']:.1f}"]
         body.append(f"| {' | '.join(cells)} |")
+    missing = made.get("missing", 0)
     return [
         "## The whole table on two processor cores",
         "",
+        *([f"**Not complete: {missing} runs are missing.**", ""] if missing else []),
         f"`python -m lab bench fewshot_table --write`: tiny-clip, the embedded OpenMoji set (12 classes, 240 test pictures), "
         f"preset {made['preset']}, {made['runs']} runs, {made['cpu_seconds']} CPU seconds in all, by processes of one thread: "
         f"about {made['cpu_seconds'] / 120:.0f} minutes on two idle cores.",
