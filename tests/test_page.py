@@ -108,7 +108,7 @@ def test_owners_are_unguessable_and_tokens_cannot_be_made_up() -> None:
 def test_handler_without_a_cookie_does_nothing(page: str, home: Path, store: Store) -> None:
     for cookie in (None, "somebody.signature"):
         stranger = Visitor(page, home, cookie=cookie)
-        answer = stranger.call("shown", ["", "", "", None])
+        answer = stranger.call("list_runs", ["", "", "", None])
         assert not answer["success"]
         assert "cookie" in answer["output"]["error"]
 
@@ -204,7 +204,7 @@ def test_strangers_cannot_cancel_retry_delete_or_read_logs(store: Store, alice: 
         assert "not found" in answer["output"]["error"]
     assert {r.state for r in store.comparison(alice.owner, cid).runs} == {"queued"}
     bob.call("clicked", [None], {"do": "log", "id": run.id})
-    listing = bob.call("shown", ["", "", "", None])["output"]["data"]
+    listing = bob.call("list_runs", ["", "", "", None])["output"]["data"]
     assert run.id not in json.dumps(listing)
     assert alice.call("clicked", [None], {"do": "delete", "id": cid})["success"]
     assert cid not in [c.id for c in store.comparisons(alice.owner)]

@@ -34,7 +34,7 @@ def build(page: Page) -> None:
         method = gr.Dropdown([("any method", "")], value="", label="Method", min_width=140, elem_id="runs-method")
     listing = view(apply_default_css=False, elem_id="runs")
 
-    def shown(request: gr.Request, *given: Any) -> tuple[Any, Any, Any, Any]:
+    def list_runs(request: gr.Request, *given: Any) -> tuple[Any, Any, Any, Any]:
         owner = owner_of(request)
         found, going = list_html(store, owner, *given)
         mine = sorted({run.method for run in store.runs(owner)})
@@ -57,7 +57,7 @@ def build(page: Page) -> None:
 
     filters = [text, state, method, shown_log]
     again: dict[str, Any] = {
-        "fn": sentences(shown),
+        "fn": sentences(list_runs),
         "inputs": filters,
         "outputs": [listing, timer, method, search],
         "trigger_mode": "always_last",
