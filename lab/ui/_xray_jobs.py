@@ -56,9 +56,17 @@ def jobs(store: Store, owner: str, task: str) -> list[Comparison]:
 
 def chooser(store: Store, owner: str, task: str, cid: str | None) -> Any:
     found = jobs(store, owner, task)
-    titles = [(f"{c.title.partition(': ')[0] or c.title}, {c.state}", c.id) for c in found]
+    titles = [(f"{len(found) - i}. {title(c)}", c.id) for i, c in enumerate(found)]
     known = {c.id for c in found}
     return gr.Dropdown(titles, value=cid if cid in known else None, visible=bool(found))
+
+
+def title(found: Comparison) -> str:
+    """What tells a job from others on the same adapter."""
+    spec = found.spec
+    budget = f" · {spec['budget']:,} at most" if spec.get("budget") else ""
+    how = ", ".join(name(id, found) for id in spec["methods"]) if "methods" in spec else spec.get("how", "")
+    return f"{spec.get('title', found.title)} · {how}{budget}"
 
 
 def act(store: Store, owner: str, verb: Any, id: str) -> None:
