@@ -12,7 +12,7 @@ from lab.plots import Plot, _style, colour, register
 
 def draw(records: Sequence[dict[str, Any]]) -> go.Figure:
     """`records`: [{"method", "name", "layers": [{"layer", "norm", "relative_error"}, …]}, …], layers in the network's order."""
-    fig = _style.figure("layer, from the network's input to its output", "relative error", height=300)
+    fig = _style.figure("layer, in the network's order", "relative error", height=300)
     if not records:
         return _style.note(fig, "Errors come when a fit is done.")
     for record in records:

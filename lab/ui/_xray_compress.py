@@ -43,7 +43,7 @@ def build(page: Page, parts: dict[str, Any]) -> None:
             notice = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="xray-compress-notice")
         with gr.Column(scale=8, min_width=320):
             which = gr.Dropdown([], label="Shown", visible=False, elem_id="xray-compress-which")
-            panel = view(apply_default_css=False, elem_id="xray-compress-panel")
+            panel = view(work.NOTHING[TASK], apply_default_css=False, elem_id="xray-compress-panel")
             plot = gr.Plot(show_label=False, container=False, visible=False, elem_id="xray-compress-plot")
     timer = gr.Timer(work.TICK_S, active=False)
     _wire(page, parts, (methods, budget, prompts), start, notice, (which, panel, plot, timer))

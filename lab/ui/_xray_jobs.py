@@ -14,11 +14,18 @@ from lab.plots import PLOTS, colour
 from lab.runs import Comparison, Run, Store
 from lab.ui import rendering
 from lab.ui.files import address
-from lab.ui.html import dot, e, error, pill, size
+from lab.ui.html import dot, e, empty, error, pill, size
 
 TICK_S = 1.5
-SUBJECT = "sks"
 PROMPTS = ("a fox in the snow", "a red car on the beach")
+
+NOTHING = {
+    task: f'<div class="lab">{empty(title, text)}</div>'
+    for task, title, text in (
+        ("compress", "Nothing compressed yet", "Errors by layer, sizes, and pictures before and after appear here."),
+        ("merge", "Nothing merged yet", "The merged adapter, its error and pictures of each appear here."),
+    )
+}
 
 
 # -- before a job ----------------------------------------------------------------------------------------------
@@ -83,7 +90,7 @@ def act(store: Store, owner: str, verb: Any, id: str) -> None:
 def shown(store: Store, owner: str, task: str, cid: str | None) -> tuple[str, Any, Any]:
     """[HTML, plot of errors by layer, timer]."""
     if not cid:
-        return "", gr.Plot(visible=False), gr.Timer(active=False)
+        return NOTHING[task], gr.Plot(visible=False), gr.Timer(active=False)
     try:
         found = store.comparison(owner, cid)
     except LabError as problem:

@@ -32,7 +32,7 @@ def build(page: Page, parts: dict[str, Any]) -> None:
             notice = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="xray-merge-notice")
         with gr.Column(scale=8, min_width=320):
             which = gr.Dropdown([], label="Shown", visible=False, elem_id="xray-merge-which")
-            panel = view(apply_default_css=False, elem_id="xray-merge-panel")
+            panel = view(work.NOTHING[TASK], apply_default_css=False, elem_id="xray-merge-panel")
             plot = gr.Plot(show_label=False, container=False, visible=False, elem_id="xray-merge-plot")
     timer = gr.Timer(work.TICK_S, active=False)
     _wire(page, parts, controls, start, notice, (which, panel, plot, timer))
@@ -49,7 +49,7 @@ def _controls() -> list[Any]:
     )  # fmt: skip
     how = gr.Radio([(words, id) for id, words in HOW.items()], value="concat", label="How", elem_id="xray-merge-how")
     with gr.Row():
-        rank = gr.Number(None, label="Rank", info="Empty: their largest.", precision=0, minimum=1, min_width=110)
+        rank = gr.Number(0, label="Rank", info="0: their largest.", precision=0, minimum=0, min_width=110)
         density = gr.Number(0.5, label="Kept share", info="TIES and DARE.", minimum=0.01, maximum=1, min_width=110)
     prompts = gr.Textbox(
         "\n".join(work.PROMPTS), label="Draw each and the merged one", info="A prompt a line; none: no pictures.",
