@@ -118,7 +118,13 @@ def factorise(weight: torch.Tensor, part: slice = ALL) -> Basis:
     if found is None:
         full = exact(weight)
         found = Basis(full.U[:, part], full.S[part], full.Vh[part])
-    return Basis(*(x.contiguous() for x in found))
+    return Basis(*(_own(x) for x in found))
+
+
+def _own(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory of its own: rows cut from a larger matrix would keep all of it."""
+    whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x.clone() if x.is_contiguous() and not whole else x.contiguous()
 
 
 def cut(weight: torch.Tensor, r: int, smallest: bool = False) -> Basis:

@@ -34,6 +34,15 @@ def keep_weights(model: torch.nn.Module, layers: list[Layer]) -> dict[str, torch
     return found
 
 
+def own_storage(model: torch.nn.Module) -> None:
+    """Give trained tensors that PEFT cut from a larger one (singular vectors) memory of their own: the rest is let go."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.device.type != "meta":
+            size = parameter.numel() * parameter.element_size()
+            if parameter.untyped_storage().nbytes() > size:
+                parameter.data = parameter.data.clone()
+
+
 def restore_on_unload(model: Any, kept: dict[str, torch.Tensor]) -> None:
     """Make `model.unload()` put the kept weights back: a start like PiSSA's takes its own value off the base."""
     tuner = model.base_model

@@ -64,6 +64,7 @@ class PeftMethod(Method):
             else:
                 made = get_peft_model(model, config, adapter_name=adapter_name)
             self.finish(made, adapter_name, knobs, statistics)
+        support.own_storage(made)
         if kept:
             support.restore_on_unload(made, kept)
         return made
