@@ -124,7 +124,7 @@ def comparisons(store: Store, owner: str) -> list[Comparison]:
 
 
 def records(comparison: Comparison) -> list[Record]:
-    return table.records({"result": run.result, "folder": run.folder} for run in comparison.runs if run.state == "done")
+    return table.records(run.as_dict() for run in comparison.runs if run.state == "done")
 
 
 def refresh(store: Store, owner: str, cid: str | None, before: str, picked: str | None) -> list[Any]:
