@@ -5,7 +5,6 @@ The tokenizers are the embedded base's (a part of CLIP's vocabulary, with other 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -19,56 +18,28 @@ HEAD = """# SDXL at its real size, measured and estimated
 
 `python -m lab bench sdxl_real --write`, `… sdxl_memory --write`, `… sdxl_block --write`.
 """
-VAE = {  # stabilityai/stable-diffusion-xl-base-1.0, vae/config.json
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-    "force_upcast": True,
-}
-SCHEDULER = {  # scheduler/scheduler_config.json
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "interpolation_type": "linear",
-    "use_karras_sigmas": False,
-}
+RELEASED = ASSETS / "sdxl"
 
 
-def configurations() -> dict[str, dict[str, Any]]:
-    """The released configurations by architecture id, as the layer tables are made from."""
-    path = ASSETS / "architectures" / "configurations.py"
-    spec: Any = importlib.util.spec_from_file_location("lab_released_configurations", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {id: entry["config"] for id, entry in module.ARCHITECTURES.items()}
+def released(part: str) -> dict[str, Any]:
+    """A part's configuration as released with SDXL 1.0."""
+    return json.loads((RELEASED / part / "config.json").read_text(encoding="utf-8"))
 
 
 def build(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write the folder unless it is there already, one part at a time; about 7 GB in bf16."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     if (folder / "model_index.json").exists():
         return folder
     torch.manual_seed(0)
-    known = configurations()
     words = {"bos_token_id": 0, "eos_token_id": _end_of_text(), "pad_token_id": 1}
-    first: Any = known["sdxl-te1"] | words
-    second: Any = known["sdxl-te2"] | words
+    first: Any = released("text_encoder") | words
+    second: Any = released("text_encoder_2") | words
     parts: dict[str, Any] = {
-        "unet": lambda: UNet2DConditionModel.from_config(known["sdxl-unet"]),
-        "vae": lambda: AutoencoderKL.from_config(VAE),
+        "unet": lambda: UNet2DConditionModel.from_config(released("unet")),
+        "vae": lambda: AutoencoderKL.from_config(released("vae")),
         "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**first)),
         "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**second)),
     }
@@ -81,8 +52,7 @@ def build(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
             del made
     finally:
         torch.set_default_dtype(before)
-    scheduler: Any = EulerDiscreteScheduler.from_config(SCHEDULER)
-    scheduler.save_pretrained(folder / "scheduler")
+    shutil.copytree(RELEASED / "scheduler", folder / "scheduler", dirs_exist_ok=True)
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(ASSETS / "tiny-sdxl" / name, folder / name, dirs_exist_ok=True)
         config = folder / name / "tokenizer_config.json"

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         watch = Watch(devices.pick())
         folder = args.folder or Path(scratch) / "base"
-        watch.now("base", "building the random base")
+        if not (folder / "model_index.json").exists():
+            watch.now("base", "building the random base")
         _sdxl_random.build(folder)
         row = dataclasses.replace(
             resolve(str(folder)), id=ID, name="random SDXL", architecture="sdxl-unet", scorer=str(ASSETS / "tiny-clip")
@@ -107,12 +108,17 @@ def _path(args: argparse.Namespace, watch: Watch, out: Path) -> dict[str, Any]:
     }
     spec = comparison.start(out, "subject", spec, pictures)
     killed: set[str] = set()
+    before_kill: set[tuple[str, str]] = set()
 
     def report_for(planned: Any) -> Any:
         def report(step: int, steps: int, **values: Any) -> None:
-            watch.now(planned.method, values["phase"] + (", resumed" if planned.method in killed and not step else ""))
+            phase = values["phase"]
+            if planned.method in killed and (planned.method, phase) in before_kill:
+                phase += ", resumed"
+            watch.now(planned.method, phase)
             if values["phase"] == "training" and step == 1 and planned.method not in killed:
                 killed.add(planned.method)
+                before_kill.update({(planned.method, "training"), *((p["run"], p["phase"]) for p in watch.phases)})
                 raise Cancelled
 
         return report
