@@ -80,7 +80,7 @@ def _asked(what: str, sources: Sequence[Source]) -> Iterator[Step]:
 def _run(request: dict[str, Any]) -> Iterator[Step]:
     """One child from its start to its end; closing the iterator ends it."""
     root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ  # its matrices are small: a second thread only waits
     child = subprocess.Popen(
         [sys.executable, "-m", "lab.xray.child"],
         cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
