@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lab.activations import Allocations
@@ -105,7 +104,8 @@ def _default(dtype: torch.dtype) -> Generator[None]:
 @contextlib.contextmanager
 def _norms(precise: bool) -> Generator[None]:
     """Group and layer norms in fp32, as autocast has them on a GPU."""
-    before = F.group_norm, F.layer_norm
+    functional: Any = torch.nn.functional
+    before = functional.group_norm, functional.layer_norm
 
     def group(x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
         return before[0](x.float(), groups, *(None if t is None else t.float() for t in (weight, bias)), eps)
@@ -114,8 +114,8 @@ def _norms(precise: bool) -> Generator[None]:
         return before[1](x.float(), shape, *(None if t is None else t.float() for t in (weight, bias)), eps)
 
     if precise:
-        F.group_norm, F.layer_norm = group, layer
+        functional.group_norm, functional.layer_norm = group, layer
     try:
         yield
     finally:
-        F.group_norm, F.layer_norm = before
+        functional.group_norm, functional.layer_norm = before

@@ -25,7 +25,7 @@ TABLE = Path(__file__).parent / "sdxl.md"
 FIELDS = ("step", "checkpointing", "resolution", "weights", "peak")
 CARDS = (12, 16, 24, 48, 80)  # GB on the box, GiB in fact or a little less
 LEFT_SHARE, LEFT_BYTES = 0.08, 600 * 2**20  # for the allocator's gaps; for CUDA's context and the libraries
-METHODS = {
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA, r 8": ("lora", {"r": 8}),
     "LoRA, r 64": ("lora", {"r": 64}),
     "DoRA, r 8": ("dora", {"r": 8}),
@@ -33,6 +33,12 @@ METHODS = {
     "NoRA, r_outer 128": ("nora", {"r_outer": 128}),
     "NOLA, hadamard": ("nola", {"r": 8, "basis": "hadamard"}),
     "VeRA": ("vera", {}),
+}
+COLUMNS: dict[str, dict[str, Any]] = {
+    "1024 px, batch 1": {"resolution": 1024, "batch": 1, "checkpointing": True},
+    "1024 px, batch 4": {"resolution": 1024, "batch": 4, "checkpointing": True},
+    "1024 px, batch 1, none": {"resolution": 1024, "batch": 1, "checkpointing": False},
+    "512 px, batch 1": {"resolution": 512, "batch": 1, "checkpointing": True},
 }
 BLOCKS = 70  # of attention: with checkpointing one of them at a time keeps anything
 LARGEST = 64
@@ -62,14 +68,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         _tables.write(TABLE, "memory", table(made), HEAD)
     return made
-
-
-COLUMNS = {
-    "1024 px, batch 1": {"resolution": 1024, "batch": 1, "checkpointing": True},
-    "1024 px, batch 4": {"resolution": 1024, "batch": 4, "checkpointing": True},
-    "1024 px, batch 1, none": {"resolution": 1024, "batch": 1, "checkpointing": False},
-    "512 px, batch 1": {"resolution": 512, "batch": 1, "checkpointing": True},
-}
 
 
 # -- traces ------------------------------------------------------------------------------------------------
