@@ -163,7 +163,7 @@ def _device(found: dict[str, Any]) -> list[Finding]:
             )
         else:
             text = f"{gpu['name']} is not used: torch {build['version']} cannot compute on it."
-            told.append(Finding("problem", text, "See what `python -c 'import torch; torch.ones(1).cuda()'` says."))
+            told.append(Finding("problem", text, "See what python -c 'import torch; torch.ones(1).cuda()' says."))
     return told
 
 
@@ -231,7 +231,7 @@ def _room(found: dict[str, Any]) -> list[Finding]:
         enough = free > (need + 300) * 10**6
         text = f"SDXL 1.0 is not here: {need / 1000:.1f} GB to download, {free / 1e9:.0f} GB are free"
         told.append(
-            Finding("note", f"{text}.", "`hf download` it beforehand, or let the first run fetch it.")
+            Finding("note", f"{text}.", "The first run fetches it; or do it beforehand with hf download.")
             if enough
             else Finding("problem", f"{text}.", "Make room, or set HF_HOME to a folder on another disk.")
         )

@@ -22,7 +22,7 @@ _last: list[tuple[float, dict[str, Any]]] = []
 
 
 def build(page: Page) -> None:
-    heading("This machine", "what works on it, and what to change; the same as `python -m lab doctor`")
+    heading("This machine", "what works on it, and what to change; the same as python -m lab doctor")
     shown = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="system")
     if page.tab is not None:
         page.tab.select(lambda: system_html(examined()), None, shown, **QUIET)
@@ -43,7 +43,7 @@ def examined() -> dict[str, Any]:
 
 
 def system_html(found: dict[str, Any]) -> str:
-    return f'<div class="lab system">{_findings(found)}{_facts(found)}{_bases(found)}</div>'
+    return f'<div class="lab system" style="display: grid; gap: 16px">{_findings(found)}{_facts(found)}{_bases(found)}</div>'
 
 
 def _findings(found: dict[str, Any]) -> str:
@@ -51,7 +51,7 @@ def _findings(found: dict[str, Any]) -> str:
         more = f"<small>{e(finding['do'])}</small>" if finding["do"] else ""
         state = finding["state"]
         return (
-            f'<tr><td><span class="pill {STATES[state]}">{WORDS[state]}</span></td>'
+            f'<tr><td style="width: 1%"><span class="pill {STATES[state]}">{WORDS[state]}</span></td>'
             f'<td class="wide">{e(finding["text"])}{more}</td></tr>'
         )
 
@@ -73,7 +73,7 @@ def _facts(found: dict[str, Any]) -> str:
         ("Versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())),
         ("Optional", "; ".join(optional)),
     ]
-    body = "".join(f"<dt>{e(name)}</dt><dd>{e(text)}</dd>" for name, text in rows)
+    body = "".join(f"<dt>{e(name)}</dt><dd style='text-align: left'>{e(text)}</dd>" for name, text in rows)
     return f'<div class="summary"><h3>Facts</h3><dl>{body}</dl></div>'
 
 
@@ -82,10 +82,10 @@ def _bases(found: dict[str, Any]) -> str:
     rows += [(c["repo"], True, c["bytes"]) for c in found.get("cached", []) if c["pipeline"] and c["usable"]]
     body = "".join(
         f'<tr><td class="name">{e(name)}</td><td><span class="pill {"done" if here else "queued"}">'
-        f"{'here' if here else 'to download'}</span></td><td class='r num'>{size(count) if count else '–'}</td></tr>"
+        f"{'here' if here else 'to download'}</span></td><td class='r num'>{f'{count / 1e9:.2f} GB' if count else '–'}</td></tr>"
         for name, here, count in rows
     )
-    head = "<tr><th>Base model</th><th>On this machine</th><th class='r'>Size</th></tr>"
+    head = "<tr><th>Base model</th><th>Weights</th><th class='r'>Size</th></tr>"
     return f'<div class="scroll"><table class="data"><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
