@@ -1,4 +1,4 @@
-"""A small drawing of what a method freezes and what it trains, made from its registry row."""
+"""A small drawing of what a method freezes and what it trains: one box a tensor, from its registry row."""
 
 from __future__ import annotations
 
@@ -8,90 +8,88 @@ from lab.methods import Method
 from lab.plots import colour
 from lab.ui.html import e
 
-SIDE = 84  # of W in the drawing
-THIN = 20  # width of a low-rank factor
+SIDE = 84  # of W, and of whatever is as long as a side of W
+SOME, THIN = 40, 20  # of a side divided into blocks, and of one that has nothing to do with W's
+WIDEST = 430  # of a line of boxes
+LINE = SIDE + 40  # its height with the two lines of text below
 
 
 @dataclass(frozen=True)
 class Box:
-    """One factor: `wide` and `high` in pixels; what fills it says whether it is trained."""
+    """One tensor: `wide` and `high` in pixels, `many` where it is a family of them."""
 
-    label: str
+    name: str
+    shape: str
     wide: int
     high: int
     trained: bool
-    fill: str = "plain"  # plain, diagonal, dots, wave
+    many: bool = False
+
+    @property
+    def room(self) -> int:
+        """Pixels that the box and its labels take."""
+        return max(self.wide + 8 * self.many, 7 * len(self.name), int(5.6 * len(self.shape)), 14) + 12
 
 
-def boxes(method: Method) -> list[Box | str]:
-    """The boxes and the signs between them, from left to right, after W."""
-    tall, flat, small = (THIN, SIDE), (SIDE, THIN), (34, 34)
-    if method.kind == "bias":
-        return ["+", Box("b", 8, SIDE, True)]
-    if method.kind == "multiplicative":
-        return ["×", Box("R", SIDE, SIDE, True, "diagonal")]
-    if method.kind == "sparse":
-        return ["+", Box("ΔW", SIDE, SIDE, True, "dots")]
-    if method.kind == "frequency":
-        return ["+", Box("ΔW", SIDE, SIDE, True, "wave")]
-    frozen = method.equation.count(r"\text{frozen}")
-    first = method.equation.find(r"\text{frozen}") < len(method.equation) / 2
-    if frozen >= 2:
-        return ["+", Box("frozen", *tall, False), Box("trained", *small, True), Box("frozen", *flat, False)]
-    if frozen == 1 and first:
-        return ["+", Box("frozen", *tall, False), Box("trained", *flat, True)]
-    if frozen == 1:
-        return ["+", Box("trained", *tall, True), Box("frozen", *flat, False)]
-    if method.low_rank:
-        return ["+", Box("B", *tall, True), Box("A", *flat, True)]
-    return ["+", Box("ΔW", SIDE, SIDE, True, "dots")]
+def boxes(method: Method) -> list[Box]:
+    """W, then what is trained, then what else is frozen."""
+    frozen = {name: shape for name, shape in method.tensors["frozen"].items() if name != "W"}
+    parts = [_sized(n, s, True) for n, s in method.tensors["trained"].items()]
+    return [Box("W", "m × n", SIDE, SIDE, False), *parts, *(_sized(n, s, False) for n, s in frozen.items())]
+
+
+def _sized(name: str, shape: str, trained: bool) -> Box:
+    """The box for a shape such as "m × r", "k", "k of r × n, from the seed"."""
+    plain = shape.split(",")[0]
+    family, _, each = plain.rpartition(" of ")
+    sides = [s.strip() for s in (each or plain).split("×")]
+    if len(sides) == 1:  # a vector, drawn upright
+        return Box(name, plain, 10, 12 if sides[0] == "1" else _long(sides[0]), trained)
+    many = bool(family) or len(sides) > 2
+    return Box(name, plain, _long(sides[-1]), _long(sides[-2]), trained, many)
+
+
+def _long(side: str) -> int:
+    bare = side.removeprefix("max ").removeprefix("each ")
+    if "/" in bare:
+        return SOME
+    return SIDE if bare in ("m", "n", "min(m, n)", "c_out", "c_in", "p", "(p−k)") else THIN
 
 
 def diagram(method: Method) -> str:
     """An SVG: grey and dashed is frozen, the method's colour is trained. Labels take the page's text colour."""
-    paint, x, top = colour(method.id), 2, 4
-    parts = [_box(Box("W", SIDE, SIDE, False), x, top, paint)]
-    x += SIDE
-    for part in boxes(method):
-        if isinstance(part, str):
-            parts.append(
-                f'<text x="{x + 16}" y="{top + SIDE / 2 + 7}" text-anchor="middle" font-size="20">{part}</text>'
-            )
-            x += 32
-            continue
-        parts.append(_box(part, x, top + (SIDE - part.high) // 2 if part.wide < SIDE else top, paint))
-        x += part.wide + 6
+    paint, x, line, widest, parts = colour(method.id), 4, 0, 0, []
+    for i, box in enumerate(boxes(method)):
+        if x > 4 and x + box.room > WIDEST:
+            x, line = 4, line + 1
+        parts.append(_drawn(box, x, 8 + line * LINE, paint))
+        x += box.room
+        if i == 0:
+            sign = "×" if method.kind == "multiplicative" else "+"
+            parts.append(f'<text x="{x + 4}" y="{SIDE / 2 + 14}" text-anchor="middle" font-size="20">{sign}</text>')
+            x += 20
+        widest = max(widest, x)
     told = f"{method.name}: what is frozen and what is trained"
     return (
-        f'<svg class="diagram" viewBox="0 0 {x + 2} {SIDE + 28}" width="{x + 2}" role="img" aria-label="{e(told)}" '
-        f'fill="currentColor" font-size="11">{"".join(parts)}</svg>'
+        f'<svg class="diagram" viewBox="0 0 {widest} {(line + 1) * LINE + 4}" width="{widest}" role="img"'
+        f' aria-label="{e(told)}" fill="currentColor" font-size="11">{"".join(parts)}</svg>'
     )
 
 
-def _box(box: Box, x: int, y: int, paint: str) -> str:
+def _drawn(box: Box, x: int, top: int, paint: str) -> str:
     look = f'fill="{paint}" fill-opacity=".22" stroke="{paint}" stroke-width="2"'
     if not box.trained:
-        look = 'fill="currentColor" fill-opacity=".06" stroke="currentColor" stroke-opacity=".5" stroke-width="1.5" stroke-dasharray="4 3"'
-    inside = _inside(box, x, y, paint)
-    if inside:
-        look = look.replace('fill-opacity=".22"', 'fill-opacity=".06"')
-    label = f'<text x="{x + box.wide / 2}" y="{y + box.high + 15}" text-anchor="middle">{e(box.label)}</text>'
-    return f'<rect x="{x}" y="{y}" width="{box.wide}" height="{box.high}" rx="4" {look}/>{inside}{label}'
-
-
-def _inside(box: Box, x: int, y: int, paint: str) -> str:
-    cell = 12
-    if box.fill == "dots":  # entries that are trained, or made from few trained numbers
-        return "".join(
-            f'<rect x="{x + 3 + cell * (i % 6) + 4}" y="{y + 3 + cell * (i // 6) + 4}" width="7" height="7" rx="2" fill="{paint}"/>'
-            for i in (2, 4, 7, 9, 12, 17, 19, 21, 26, 28, 30, 35)
+        look = (
+            'fill="currentColor" fill-opacity=".06" stroke="currentColor" stroke-opacity=".5" stroke-width="1.5"'
+            ' stroke-dasharray="4 3"'
         )
-    if box.fill == "diagonal":
-        return "".join(
-            f'<rect x="{x + 5 + i * 19}" y="{y + 5 + i * 19}" width="17" height="17" rx="3" fill="{paint}" fill-opacity=".7"/>'
-            for i in range(4)
-        )
-    if box.fill == "wave":
-        lines = (f"M{x + 6} {y + 20 + 22 * i} q 9 {-14 + 4 * i} 18 0 t 18 0 t 18 0 t 18 0" for i in range(3))
-        return "".join(f'<path d="{d}" fill="none" stroke="{paint}" stroke-width="2"/>' for d in lines)
-    return ""
+    left, y = x + (box.room - 12 - box.wide) // 2, top + (SIDE - box.high) // 2
+    steps = (8, 4, 0) if box.many else (0,)
+    rects = "".join(
+        f'<rect x="{left + s}" y="{y - s}" width="{box.wide}" height="{box.high}" rx="3" {look}/>' for s in steps
+    )
+    middle = x + (box.room - 12) / 2
+    return (
+        f'{rects}<text x="{middle}" y="{top + SIDE + 15}" text-anchor="middle">{e(box.name)}</text>'
+        f'<text x="{middle}" y="{top + SIDE + 28}" text-anchor="middle" font-size="10" fill-opacity=".65">{e(box.shape)}</text>'
+    )
