@@ -104,13 +104,13 @@ def lines(made: dict[str, Any]) -> list[str]:
         cells = [row["name"], f"{row['trainable_parameters']:,}", *row["cells"], *verdicts, f"{row['seconds']:.1f}"]
         body.append(f"| {' | '.join(cells)} |")
     missing = made.get("missing", 0)
+    idle = "" if missing else f": about {made['cpu_seconds'] / 120:.0f} minutes on two idle cores"
     return [
         "## The whole table on two processor cores",
         "",
         *([f"**Not complete: {missing} runs are missing.**", ""] if missing else []),
         f"`python -m lab bench fewshot_table --write`: tiny-clip, the embedded OpenMoji set (12 classes, 240 test pictures), "
-        f"preset {made['preset']}, {made['runs']} runs, {made['cpu_seconds']} CPU seconds in all, by processes of one thread: "
-        f"about {made['cpu_seconds'] / 120:.0f} minutes on two idle cores.",
+        f"preset {made['preset']}, {made['runs']} runs, {made['cpu_seconds']} CPU seconds in all, by processes of one thread{idle}.",
         "",
         "Top-1 accuracy in per cent, mean ± standard deviation over seeds; bold the best and underlined the second where the"
         " lead is larger than the noise; above: beyond the noise (Welch's t-test, one-sided, 5 %).",

@@ -15,7 +15,9 @@ LABELLED = 40  # classes up to which each row and column has its name
 def draw(records: Sequence[dict[str, Any]]) -> go.Figure:
     """`records`: [{"classes": […], "confusion": [[count, …], …] | None}]: rows are truths, columns predictions."""
     fig = _style.figure("predicted", "truth", height=460, showlegend=False)
-    if not records or records[0]["confusion"] is None:
+    if not records:
+        return _style.note(fig, "The matrix comes when a run has finished.")
+    if records[0]["confusion"] is None:
         return _style.note(fig, "A matrix is drawn for up to 200 classes.")
     names, counts = records[0]["classes"], records[0]["confusion"]
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
