@@ -90,8 +90,10 @@ class Unet(nn.Module):
 
 def held_bytes(method_id: str, **knobs: Any) -> int:
     """Bytes an adapter holds in a training step on that UNet: trained and frozen tensors, gradients, AdamW's averages,
-    and all it keeps for the backward pass beside the base's weights."""
-    method = METHODS[method_id]
+    all it keeps for the backward pass beside the base's weights, and what is cached of its basis."""
+    from lab.methods import _basis
+
+    method, cached = METHODS[method_id], _basis.cache.bytes
     model = method.attach(Unet(), method.knobs(**knobs), [f"layers.{i}" for i in range(560)])
     inputs = {n: torch.zeros(1, n) for n in (640, 1280, 2048)}
     modules: list[Any] = list(model.modules())
@@ -111,7 +113,8 @@ def held_bytes(method_id: str, **knobs: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         loss = model(inputs)
     loss.backward()
-    return sum(kept.values()) + 3 * sum(p.numel() * p.element_size() for p in trained)
+    averages = 3 * sum(p.numel() * p.element_size() for p in trained)  # and gradients
+    return sum(kept.values()) + averages + _basis.cache.bytes - cached
 
 
 def _eight_layers(method: Any) -> Any:

@@ -103,7 +103,7 @@ def lines(name: str, found: Any) -> list[str]:
         head = [
             "## Held in a training step on 560 projections of SDXL's shapes",
             "",
-            "Tensors, gradients, AdamW's averages, and what is kept for the backward pass, without the base.",
+            "Tensors, gradients, AdamW's averages, what is kept for the backward pass and what is cached of the basis, without the base.",
             "",
             "| | MiB |",
         ]

@@ -9,8 +9,9 @@ gradient of β is not. The paper's text has no A₀; with α = β = 0 alone noth
 
 A convolution's kernel is reshaped to the nearest to square matrix its size allows (the paper's appendix), so its
 update is of low rank in that shape only. Coefficients may be quantised to 8, 4, 3 or 2 bits (the paper's Table 4):
-`ptq` when they are saved, `qat` in every forward pass with straight-through gradients. The paper does not give the
-quantiser; here it is uniform over each vector's own range, which is what its smallest and largest codes stand for.
+`ptq` when they are saved, `qat` in every forward pass with straight-through gradients. Of the quantiser the paper says
+only that it follows Rastegari et al. 2016 and Jacob et al. 2018; here it is the latter's, uniform over each vector's own
+range, which is what its smallest and largest codes stand for.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ class Nola(OwnMethod):
     low_rank = True
     positional = ("r", "k", "l", "seed", "basis", "c", "quant_bits", "quant", "cache_mib")
     tensors = {
-        "trained": {"alpha": "k", "beta": "l"},
+        "trained": {"α": "k", "β": "l"},
         "frozen": {"A_i": "k of r × n, from the seed", "B_j": "l of m × r, from the seed", "W": "m × n"},
     }
     remark = (
         "The frozen A₀ is in the authors' GPT and LLaMA code, not in the paper's text; without it nothing would move."
-        " The quantiser is not given in the paper: here uniform over each vector's range."
+        " Of the quantiser the paper says only that it follows Jacob et al. 2018: here uniform over each vector's range."
     )
 
     def shape(self, layer: Layer) -> tuple[int, int]:

@@ -52,8 +52,8 @@ class Nora(OwnMethod):
     knobs = NoraKnobs
     low_rank = True
     tensors = {
-        "trained": {"inner_b": "r_outer × r_inner", "inner_a": "r_inner × r_outer"},
-        "frozen": {"outer_b": "m × r_outer", "outer_a": "r_outer × n"},
+        "trained": {"B′": "r_outer × r_inner", "A′": "r_inner × r_outer"},
+        "frozen": {"B": "m × r_outer", "A": "r_outer × n", "W": "m × n"},
     }
     remark = (
         "The paper's equation 2 and Algorithm 1 do not type-check; this is the form of its equation 4 and of the"

@@ -45,7 +45,7 @@ class Pranc(OwnMethod):
     equation = r"\mathrm{vec}(\Delta W) = s\sum_{i=1}^{k} \alpha_i v_i"
     knobs = PrancKnobs
     positional = ("k", "seed", "basis", "scale", "cache_mib")
-    tensors = {"trained": {"alpha": "k"}, "frozen": {"v_i": "k of m × n, from the seed", "W": "m × n"}}
+    tensors = {"trained": {"α": "k"}, "frozen": {"v_i": "k of m × n, from the seed", "W": "m × n"}}
     remark = "One coefficient vector a layer, as in the NOLA paper's comparison; the original has one for the network."
 
     def kind_of_basis(self, layer: Layer, knobs: PrancKnobs) -> str:
