@@ -98,7 +98,7 @@ def _wire(page: Page, parts: dict[str, Any]) -> None:
     store = page.store
     layer_views = [parts[k] for k in ("layer", "spectrum", "subspace", "words", "table")]
     views = [parts[k] for k in ("facts", "results", "opened", "map", "said", "take", "others")] + layer_views
-    chosen, link = [parts["ref"], parts["base"]], gr.JSON(visible=False)
+    chosen = [parts["ref"], parts["base"]]
 
     def refreshed(request: gr.Request, ref: str | None, base: str | None) -> tuple[Any, Any]:
         return adapters(store, owner_of(request), ref), bases(base)
@@ -142,7 +142,7 @@ def _wire(page: Page, parts: dict[str, Any]) -> None:
     gr.on(
         [parts["ref"].change, parts["base"].input], open_, [*chosen, parts["show"]], views,
         trigger_mode="always_last", **HEAVY,
-    ).then(None, parts["opened"], link, js=to_address)  # fmt: skip
+    ).then(None, parts["ref"], None, js=to_address)  # fmt: skip
     shown = [parts["opened"], parts["base"]]
     parts["show"].input(sentences(map_), [*shown, parts["show"]], [parts["map"], parts["said"]], **HEAVY)
     parts["layer"].input(sentences(layer_), [*shown, parts["layer"]], layer_views, **HEAVY)
