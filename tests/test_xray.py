@@ -26,6 +26,7 @@ from lab.runs import Store
 from lab.ui import _xray_html, xray
 from lab.xray import apart, measure, report
 from lab.xray.places import order, place, rank_of
+from tests import page_server
 
 NAMES = [f"down_blocks.1.attentions.0.transformer_blocks.0.{p}" for p in ("attn1.to_q", "attn2.to_k", "ff.net.2")]
 CONV = "down_blocks.1.resnets.0.conv1"
@@ -356,6 +357,23 @@ def test_old_files_make_room(tmp_path, monkeypatch):
         sent.add([(tmp_path / "0.safetensors", "0.safetensors")])
     adapter_store.sweep(tmp_path, days=-1)
     assert sent.records() == []
+
+
+def test_finished_runs_can_be_opened_with_their_siblings(tmp_path):
+    store = Store(tmp_path / "home")
+    spec = {"class_word": "fox", "methods": {"lora": {}, "nora": {}}, "seeds": [0, 1]}
+    store.submit("anna", "subject", spec, page_server.pictures())
+    assert adapter_store.choices(store, "anna") == []
+    for run in store.runs("anna"):
+        page_server.finish(run, store)
+    found = adapter_store.choices(store, "anna")
+    assert {(c.method, c.seed) for c in found} == {("lora", 0), ("lora", 1), ("nora", 0), ("nora", 1)}
+    assert any("NoRA · seed 1" in c.title for c in found)
+    assert found[0].base == "tiny-sdxl"
+    assert adapter_store.siblings(store, "anna", found[0]) == found[1:]
+    with pytest.raises(LabError):
+        adapter_store.chosen(store, "bert", found[0].ref)
+    assert [value for _, value in xray.others(store, "anna", found[0]).choices] == [c.ref for c in found[1:]]
 
 
 # -- the page's handlers ---------------------------------------------------------------------------------------------
