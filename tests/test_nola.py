@@ -132,7 +132,8 @@ def test_a_pair_in_one_transform_is_the_same():
     c = [torch.randn(k, requires_grad=True) for k in (12, 20)]
     d = [x.detach().clone().requires_grad_() for x in c]
     g = [torch.randn(size) for size in (200, 150)]
-    pair = _basis.combine_pair(tuple(c), "hadamard", (5, 6), (200, 150), 1 << 20)
+    maps = _basis.pair((12, 20), "hadamard", (5, 6), (200, 150), torch.device("cpu"), 1 << 20)
+    pair = _basis.combine_pair(*c, maps)
     single = [_basis.combine(x, "hadamard", key, size) for x, key, size in zip(d, (5, 6), (200, 150), strict=True)]
     for a, b in zip(pair, single, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -44,25 +44,56 @@ class _Combine(torch.autograd.Function):
         return transposed(grads[0].float(), key, size, k, cache_bytes), None, None, None, None
 
 
-def combine_pair(
-    c: tuple[torch.Tensor, torch.Tensor],
+class Pair(NamedTuple):
+    """The linear map of two coefficient vectors (k,), (l,) to two combinations, and its transpose. Neither keeps a graph."""
+
+    forward: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def pair(
+    counts: tuple[int, int],
     basis: str,
     keys: tuple[int, int],
     sizes: tuple[int, int],
+    device: torch.device,
     cache_bytes: int = 0,
     gain: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`combine` for both of two coefficient vectors, the second times `gain`; one transform does for two Hadamard
-    bases of the same side."""
+) -> Pair:
+    """`combine` for two coefficient vectors, the second times `gain`; one transform does for two Hadamard bases of the
+    same side."""
     if basis == "hadamard" and (side := _side(sizes[0])) == _side(sizes[1]):
-        counts, device = (c[0].numel(), c[1].numel()), c[0].device
-        bytes_ = 2 * side + 12 * sum(counts)
-        name = ("pair", keys, counts, sizes, gain, device)
-        pair = cache.get(name, bytes_, cache_bytes, lambda: _Constants.make(keys, counts, sizes, gain, device))
-        if pair is not None:
-            return _Pair.apply(c[0].float(), c[1].float(), pair)  # type: ignore[no-any-return]
-    first, second = (combine(*x, cache_bytes) for x in zip(c, (basis,) * 2, keys, sizes, strict=True))
-    return first, second if gain == 1 else second * gain
+        bytes_, name = 2 * side + 12 * sum(counts), ("pair", keys, counts, sizes, gain, device)
+        held = cache.get(name, bytes_, cache_bytes, lambda: _Constants.make(keys, counts, sizes, gain, device))
+        if held is not None:
+            return Pair(held.forward, held.backward)
+    to, back = (_hadamard, _hadamard_transposed) if basis == "hadamard" else (_uniform, _uniform_transposed)
+
+    def forward(c: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = to(c, keys[0], sizes[0], cache_bytes), to(d, keys[1], sizes[1], cache_bytes)
+        return first, second if gain == 1 else second * gain
+
+    def backward(g: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = (back(x, *of, cache_bytes) for x, *of in zip((g, h), keys, sizes, counts, strict=True))
+        return first, second if gain == 1 else second * gain
+
+    return Pair(forward, backward)
+
+
+class _Two(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, c: torch.Tensor, d: torch.Tensor, maps: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.maps = maps
+        return maps.forward(c, d)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return *ctx.maps.backward(grads[0], grads[1]), None
+
+
+def combine_pair(c: torch.Tensor, d: torch.Tensor, maps: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `maps` makes of two coefficient vectors, with gradients."""
+    return _Two.apply(c.float(), d.float(), maps)  # type: ignore[no-any-return]
 
 
 class _Constants(NamedTuple):
@@ -86,25 +117,19 @@ class _Constants(NamedTuple):
         scale = [torch.full((k,), (3 * k) ** -0.5 * g, device=device) for k, g in zip(counts, (1.0, gain), strict=True)]
         return cls(torch.cat(rows), signs, torch.cat(scale), counts, sizes)
 
-
-class _Pair(torch.autograd.Function):
-    """Two Hadamard combinations at once: less than half the small operations."""
-
-    @staticmethod
-    def forward(ctx: Any, c: torch.Tensor, d: torch.Tensor, pair: _Constants) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.pair, (rows, signs, scale, _, sizes) = pair, pair
-        spread = c.new_zeros(signs.numel()).index_copy_(0, rows, torch.cat((c, d)).mul_(scale))
+    def forward(self, c: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        signs, sizes = self.signs, self.sizes
+        spread = c.new_zeros(signs.numel()).index_copy_(0, self.rows, torch.cat((c, d)).mul_(self.scale))
         mixed = transform(spread, signs.shape[1]).view(signs.shape).mul_(signs)
         return mixed[0, : sizes[0]], mixed[1, : sizes[1]]
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        rows, signs, scale, counts, sizes = ctx.pair
-        spread = grads[0].new_zeros(signs.shape)
-        for i in (0, 1):
-            torch.mul(grads[i], signs[i, : sizes[i]], out=spread[i, : sizes[i]])
-        both = transform(spread.view(-1), signs.shape[1]).index_select(0, rows) * scale
-        return both[: counts[0]], both[counts[0] :], None
+    def backward(self, g: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        signs, sizes, k = self.signs, self.sizes, self.counts[0]
+        spread = g.new_zeros(signs.shape)
+        for i, grad in enumerate((g, h)):
+            torch.mul(grad, signs[i, : sizes[i]], out=spread[i, : sizes[i]])
+        both = transform(spread.view(-1), signs.shape[1]).index_select(0, self.rows) * self.scale
+        return both[:k], both[k:]
 
 
 def vectors(basis: str, k: int, key: int, size: int) -> torch.Tensor:

@@ -199,7 +199,10 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         if len(adapters) > 1 or self.layer.kernel or not frozen:
             return None
-        pair = self.methods[adapters[0]].factors(self._seen(adapters[0]), self.knobs[adapters[0]], self.layer)
+        method, seen, knobs = self.methods[adapters[0]], self._seen(adapters[0]), self.knobs[adapters[0]]
+        if (made := method.by_hand(seen, knobs, self.layer)) is not None:
+            return fused.by_hand(x, weight, bias, made)
+        pair = method.factors(seen, knobs, self.layer)
         return None if pair is None else fused.linear(x, weight, bias, *pair)
 
     # -- merging --------------------------------------------------------------------------------------------

@@ -106,6 +106,14 @@ class Nola(OwnMethod):
 
     def combined(self, t: Mapping[str, torch.Tensor], knobs: Any, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
         """(B (m, r), A (r, n)) of the layer's `shape`, the scale in B."""
+        from lab.methods import _basis
+
+        alpha, beta, maps, A0 = self.parts(t, knobs, layer)
+        A, B = _basis.combine_pair(alpha, beta, maps)
+        return B.view(-1, knobs.r), A.view(knobs.r, -1) + A0
+
+    def parts(self, t: Mapping[str, torch.Tensor], knobs: Any, layer: Layer) -> tuple[Any, Any, Any, torch.Tensor]:
+        """(α, β, what combines them with the scale in B, A₀ (r, n))."""
         from lab import counter
         from lab.methods import _basis
 
@@ -115,12 +123,25 @@ class Nola(OwnMethod):
             alpha, beta = (_basis.fake_quantise(x, knobs.quant_bits) for x in (alpha, beta))
         kind = "hadamard" if knobs.basis == "hadamard" else "uniform"
         whose = f"{m}x{n}" if knobs.basis == "shared" else layer.name
-        keys = {side: counter.key("nola", knobs.seed, whose, side) for side in ("a", "b", "a0")}
-        limit = knobs.cache_mib << 20
-        sizes = (knobs.r * n, m * knobs.r)
-        A, B = _basis.combine_pair((alpha, beta), kind, (keys["a"], keys["b"]), sizes, limit, knobs.c / knobs.r)
-        A0 = _basis.start_factor(keys["a0"], knobs.r, n, A.device, limit)
-        return B.view(m, knobs.r), A.view(knobs.r, n) + A0
+        a, b, a0 = (counter.key("nola", knobs.seed, whose, side) for side in ("a", "b", "a0"))
+        counts, sizes, limit = (alpha.numel(), beta.numel()), (knobs.r * n, m * knobs.r), knobs.cache_mib << 20
+        maps = _basis.pair(counts, kind, (a, b), sizes, alpha.device, limit, knobs.c / knobs.r)
+        return alpha, beta, maps, _basis.start_factor(a0, knobs.r, n, alpha.device, limit)
+
+    def by_hand(self, t: Mapping[str, torch.Tensor], knobs: Any, layer: Layer) -> Any:
+        from lab.methods._fused import ByHand
+
+        alpha, beta, maps, A0 = self.parts(t, knobs, layer)
+        r = knobs.r
+
+        def forward(c: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            A, B = maps.forward(c, d)
+            return A.view(r, -1) + A0, B.view(-1, r).T
+
+        def backward(to_a: torch.Tensor, to_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return maps.backward(to_a.reshape(-1), to_rows.T.reshape(-1))
+
+        return ByHand((alpha, beta), forward, backward)
 
     def dense(self, layer: Layer, knobs: NolaKnobs) -> bool:
         return layer.kernel is not None

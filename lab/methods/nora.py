@@ -161,15 +161,36 @@ class Nora(OwnMethod):
         With D_B = B(B'−B'₀) and D_A = (A'−A'₀)A:  B·B'·A'·A − B·B'₀·A'₀·A = D_B·(P₀+D_A) + Q₀·D_A, where Q₀ = B·B'₀
         and P₀ = A'₀·A: exactly zero at the start, and without cancellation near it.
         """
-        import torch
-
         B, A, s = t["outer_b"], t["outer_a"], knobs.scale
         if not knobs.identity_init:
             return (B @ t["inner_b"]) * s, t["inner_a"] @ A
-        d_b = (t["inner_b"] - t["start_b"]).T @ B.T  # (i, m): thin products are fastest with the thin side first
-        d_a = (t["inner_a"] - t["start_a"]) @ A  # (i, n)
-        left, right = torch.cat((d_b, t["start_q"].T)).T, torch.cat((t["start_p"] + d_a, d_a))
-        return (left * s if s != 1 else left), right
+        right, rows = self.folded(t, t["inner_b"], t["inner_a"])
+        return (rows.T * s if s != 1 else rows.T), right
+
+    def folded(self, t: Mapping[str, torch.Tensor], b: torch.Tensor, a: torch.Tensor) -> tuple[Any, Any]:
+        """([P₀ + D_A; D_A] (2i, n), [D_B, Q₀]ᵀ (2i, m))."""
+        import torch
+
+        d_b = (b - t["start_b"]).T.contiguous() @ t["outer_b"].T  # thin products are fastest with the thin side first
+        d_a = (a - t["start_a"]) @ t["outer_a"]
+        return torch.cat((t["start_p"] + d_a, d_a)), torch.cat((d_b, t["start_q"].T))
+
+    def by_hand(self, t: Mapping[str, torch.Tensor], knobs: NoraKnobs, layer: Layer) -> Any:
+        from lab.methods._fused import ByHand
+
+        if not knobs.identity_init:
+            return None
+        B, A, s, i = t["outer_b"], t["outer_a"], knobs.scale, knobs.r_inner
+
+        def forward(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            right, rows = self.folded(t, b, a)
+            return right, (rows if s == 1 else rows * s)
+
+        def backward(to_a: torch.Tensor, to_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            to_b = (to_rows[:i] @ B).T
+            return (to_b if s == 1 else to_b * s), (to_a[:i] + to_a[i:]) @ A.T
+
+        return ByHand((t["inner_b"], t["inner_a"]), forward, backward)
 
 
 nora = register(Nora())

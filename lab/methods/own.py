@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
 
+    from lab.methods._fused import ByHand
     from lab.methods._tuner import OwnLayer
 
 Need = Literal["", "activations", "gradient"]
@@ -102,6 +103,10 @@ class OwnMethod(Method):
 
     def factors(self, t: Mapping[str, torch.Tensor], knobs: Any, layer: Layer) -> Any:
         """(B (m, r), A (r, n)) with ΔW = B·A, or None when the update is not of low rank."""
+        return None
+
+    def by_hand(self, t: Mapping[str, torch.Tensor], knobs: Any, layer: Layer) -> ByHand | None:
+        """`factors` with their derivative written out, for methods whose step is measured; None: autograd's own."""
         return None
 
     def delta(self, t: Mapping[str, torch.Tensor], knobs: Any, layer: Layer) -> torch.Tensor:
