@@ -12,7 +12,7 @@ from PIL import Image
 
 from lab import images
 from lab.bases import Base, resolve
-from lab.compress._engine import Report, places
+from lab.compress._engine import Report, found, places
 from lab.compress._files import part_of
 from lab.diffusion import encode_prompts
 from lab.errors import LabError
@@ -31,9 +31,10 @@ def added(row: Base, whole: Any, updates: Mapping[str, Delta]) -> Generator[None
     try:
         with torch.no_grad():
             for given, place in places(updates).items():
-                if place.name not in modules:
+                here = found(place, modules)
+                if here is None:
                     raise LabError(f"The adapter changes layer {given[:120]}, which {row.name} does not have.")
-                weight: Any = modules[place.name].weight
+                weight: Any = modules[here.name].weight
                 kept.append((weight, weight.data))
                 change = updates[given].dense().to(weight.device).reshape(weight.shape)
                 weight.data = (weight.data.float() + change).to(weight.dtype)

@@ -136,17 +136,19 @@ def merge(
     return Merged(Factors(_padded(pairs, widest), kernels, widest, relative), records, relative, from_sum)
 
 
-def save(merged: Merged, out: Path, base: str) -> list[str]:
+def save(merged: Merged, out: Path, base: str, modules: Mapping[str, torch.nn.Module] | None = None) -> list[str]:
     """Write the merged update as a PEFT LoRA folder, which loads anywhere and which `lab.export` writes in other layouts.
 
     base: what the configuration says it belongs to
+    modules: of the network that it is laid on, by name, where text encoders' names need it (`lab.compress._engine.found`)
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    from lab.compress._engine import places
+    from lab.compress._engine import found, places
 
-    inside = {given: place.name for given, place in places(merged.factors.pairs).items()}
+    placed = places(merged.factors.pairs)
+    inside = {given: (found(place, modules or {}) or place).name for given, place in placed.items()}
     tensors, r = {}, merged.factors.rank
     for given, (B, A) in merged.factors.pairs.items():
         kernel = merged.factors.kernels.get(given)
@@ -301,6 +303,8 @@ def merge_files(
     """
     from lab import base_weights
     from lab.adapter_files import read
+    from lab.compress._engine import reads_text
+    from lab.compress._files import network
 
     shares = check(len(paths), weights, how, options.get("rank"), options.get("density", 0.5))
     files = [read(path, base, name=name) for path, name in zip(paths, names or [None] * len(paths), strict=True)]
@@ -317,7 +321,10 @@ def merge_files(
     shapes = base_weights.weights(row).layers() if row else None
     merged = merge(adapters, shares, how, shapes=shapes, report=report, **options)
     named = next((v for f in files if (v := f.metadata.get("base_model_name_or_path"))), "")
-    written = save(merged, out, row.public_name if row else named)
+    modules = None
+    if row and reads_text(merged.factors.pairs):
+        modules = dict(network(row, merged.factors.pairs).named_modules())
+    written = save(merged, out, row.public_name if row else named, modules)
     return {
         "adapters": [
             {"name": title, "kind": f.kind, "parameters": f.parameters, "bytes": f.bytes, "weight": w}

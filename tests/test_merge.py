@@ -211,3 +211,25 @@ def test_command_line_bad_input(fox, words, said, tmp_path, capsys):  # noqa: F8
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_text_encoders_are_merged_into_a_folder_that_loads(small_sdxl, tmp_path):
+    from lab.adapter_files import read
+    from lab.compress import compress
+    from lab.compress._files import network
+    from lab.merge import merge_files
+
+    names = [
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+    ]
+    goals = {name: low_rank(d, d, 2, d) for name, d in zip(names, (32, 64), strict=True)}
+    compress(network(small_sdxl, goals), goals, "lora", None, tmp_path / "one", given={"r": 2}, base="small-sdxl")
+    found = merge_files([tmp_path / "one"] * 2, [1.0, 0.5], "concat", tmp_path / "both", base="small-sdxl")
+    assert found["relative_error"] < 1e-6
+    both = read(tmp_path / "both", "small-sdxl").updates
+    assert set(both) == set(names)
+    for name in names:
+        assert (both[name].dense() - 1.5 * goals[name].dense()).norm() < 1e-5 * both[name].dense().norm()
+    made = deltas(PeftModel.from_pretrained(network(small_sdxl, goals), str(tmp_path / "both")))
+    assert len(made) == 2

@@ -32,10 +32,22 @@ class Place:
 
 def places(names: Any) -> dict[str, Place]:
     """Where the layers of adapter files lie: with text encoders among them the network is `lab.networks.Networks`, whose
-    UNet's layers begin with `unet.`; else it is the UNet, or whatever model, itself."""
+    UNet's layers begin with `unet.`; else it is the UNet, or whatever model, itself.
+
+    Files write `text_model.` in every text encoder's layer; some versions of transformers have it in the first one's
+    modules and some have not, which `found` sees to.
+    """
     text = reads_text(names)
     inside = {n: n if not text or n.startswith("text_encoder") else f"unet.{n}" for n in names}
     return {n: Place(inside[n], n) for n in names}
+
+
+def found(place: Place, modules: Mapping[str, torch.nn.Module]) -> Place | None:
+    """The place by the name that the network has for it; None when it has no such layer."""
+    for name in (place.name, place.name.replace(".text_model.", ".", 1)):
+        if name in modules:
+            return Place(name, place.given)
+    return None
 
 
 def reads_text(names: Any) -> bool:
@@ -108,10 +120,12 @@ def _goals(
     goals, norms, still = {}, {}, []
     for number, (given, place) in enumerate(places(updates).items()):
         told(number, len(updates), phase="reading the update")
-        if place.name not in modules:
+        here = found(place, modules)
+        if here is None:
             raise LabError(
                 f"The adapter changes layer {given[:120]}, which this base does not have: choose its own base."
             )
+        place = here
         goal = Goal(describe(place.name, modules[place.name]), updates[given], modules[place.name])
         _check_shape(goal.layer, given, updates[given])
         norm = goal.matrix().square() ** 0.5
