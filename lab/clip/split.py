@@ -153,7 +153,8 @@ def split_attention(model: nn.Module) -> int:
             timm = type(parent).__module__.startswith("timm.") and type(parent).__name__ == "Attention"
             if new is None and timm and name == "qkv" and isinstance(child, nn.Linear):
                 new = SplitLinear(child)
-                parent.fused_attn = parent.fused_attn and child.weight.device.type != "cpu"  # as in `attend`
+                if child.weight.device.type == "cpu":  # as in `attend`
+                    vars(parent)["fused_attn"] = False
             if new is not None:
                 setattr(parent, name, new.train(child.training))
                 count += 1

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
@@ -127,7 +128,7 @@ class Muon(torch.optim.AdamW):
         self.momentum, self.decay = momentum, weight_decay
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step; the matrices' gradients are used up by it."""
         lr = self.param_groups[0]["lr"]
         for p in self.matrices:
@@ -140,7 +141,7 @@ class Muon(torch.optim.AdamW):
             way = orthogonal(p.grad.lerp(kept, self.momentum).flatten(1)).view_as(p)
             p.mul_(1 - lr * self.decay).add_(way, alpha=-0.2 * lr * max(len(p), p[0].numel()) ** 0.5)
             p.grad = None  # AdamW leaves it alone
-        super().step(closure)
+        return super().step(closure)
 
 
 def orthogonal(g: torch.Tensor) -> torch.Tensor:
