@@ -112,7 +112,7 @@ def _path(args: argparse.Namespace, watch: Watch, out: Path) -> dict[str, Any]:
 
     def report_for(planned: Any) -> Any:
         def report(step: int, steps: int, **values: Any) -> None:
-            phase = values["phase"]
+            phase = "first step" if values["phase"].startswith(("fits: ", "tight: ")) else values["phase"]
             if planned.method in killed and (planned.method, phase) in before_kill:
                 phase += ", resumed"
             watch.now(planned.method, phase)
