@@ -94,7 +94,7 @@ def test_count_is_what_peft_makes_on_random_shapes(
             return self.to_k(torch.tanh(self.to_q(x)))
 
     torch.manual_seed(0)
-    assert instantiated(method, Net(), knobs, ["to_q", "to_k"], torch.randn(8, ends)) == budget.count(
+    assert instantiated(method, Net(), knobs, ["to_q", "to_k"], torch.randn(64, ends)) == budget.count(
         method, layers, knobs
     )
 

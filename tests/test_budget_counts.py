@@ -117,3 +117,13 @@ def test_lora_on_every_architecture(id: str) -> None:
     lora = METHODS["lora"]
     total = sum(p.numel() for p in made.parameters() if p.requires_grad)
     assert total == budget.count(lora, layers, lora.knobs.parse({"r": 2}))
+
+
+def test_eva_refuses_a_batch_that_it_would_go_round_on_for_ever() -> None:
+    import torch
+
+    eva = METHODS["eva"]
+    net = torch.nn.Sequential()
+    net.to_q = torch.nn.Linear(32, 32)
+    with pytest.raises(LabError, match="a batch has 4 positions"):
+        eva.attach(net, eva.knobs.parse({"r": 8}), ["to_q"], calibrate=lambda: net(torch.randn(4, 32)).square().mean())

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lab.errors import LabError
 from lab.methods._layer import check_finite, describe
 from lab.methods._tuner import targets_of
 from lab.methods.spec import Layer
@@ -21,6 +22,9 @@ def checked_layers(model: torch.nn.Module, config: Any, method: Any, knobs: Any)
         check_finite(name, base)
         layers.append(layer)
     return layers
+
+
+EVA_BATCHES = 256  # PEFT stops after a few where directions settle at all
 
 
 def keep_weights(model: torch.nn.Module, layers: list[Layer]) -> dict[str, torch.Tensor]:
@@ -59,19 +63,39 @@ def restore_on_unload(model: Any, kept: dict[str, torch.Tensor]) -> None:
 
 
 def start_eva(model: Any, adapter: str, calibrate: Any, seed: int) -> None:
-    """EVA's start: principal directions of the layers' inputs in batches that `calibrate` runs."""
+    """EVA's start: principal directions of the layers' inputs in batches that `calibrate` runs.
+
+    Raises LabError where PEFT would go round for ever: on batches with fewer positions than directions, and on
+    directions that do not settle.
+    """
     from peft.tuners.lora.eva import initialize_lora_eva_weights
+
+    config = model.peft_config[adapter]
+    wanted, passes = round(config.r * config.eva_config.rho), 0
 
     def flat(inputs: Any, _: Any, __: str) -> torch.Tensor:
         tokens = inputs[0] if isinstance(inputs, tuple) else inputs
-        return tokens.detach().float().reshape(-1, tokens.shape[-1])
+        tokens = tokens.detach().float().reshape(-1, tokens.shape[-1])
+        if len(tokens) < wanted:
+            raise LabError(
+                f"EVA finds {wanted} directions a layer, but a batch has {len(tokens)} positions: lower r or rho, or take"
+                " larger batches."
+            )
+        return tokens
+
+    def run(_model: Any, _inputs: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes > EVA_BATCHES:
+            raise LabError(f"EVA's directions did not settle in {EVA_BATCHES} batches: lower r.")
+        return calibrate()
 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         initialize_lora_eva_weights(
             model,
             dataloader=[{}] * 16,
-            forward_fn=lambda _model, _inputs: calibrate(),
+            forward_fn=run,
             prepare_model_inputs_fn=None,
             prepare_layer_inputs_fn=flat,
             adapter_name=adapter,
