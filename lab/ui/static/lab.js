@@ -57,9 +57,9 @@
       if (tab === "subject") opened();
     },
     select(tab) {
-      // Gradio first selects its default tab, before the server has said which one the address asks for.
+      // Gradio also selects its default tab, before or after the one that the address asks for: until the visitor has
+      // done something, the address is right.
       if (!landed && tab !== current) return;
-      landed = true;
       current = tab;
       write();
     },
