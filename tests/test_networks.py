@@ -124,6 +124,34 @@ def test_the_page_counts_what_is_trained(tmp_path: Path) -> None:
         assert method.count(layers(base, "attn"), knobs) < trained
 
 
+# -- compiled blocks ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("id", ["lora", "nora"])
+def test_compiled_blocks_change_no_result_and_are_let_go(
+    id: str, small_sdxl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks, "BACKEND", "eager")  # traced as for any other, and not handed to a compiler
+    losses = []
+    for compiled in (False, True):
+        changes = {"methods": {id: {}}, "steps": 2, "compile": compiled}
+        spec = comparison.start(tmp_path / str(compiled), "subject", small.spec(**changes), small.pictures())
+        run = comparison.run_all(tmp_path / str(compiled), "subject", spec, lambda _: lambda *_, **__: None)[1]
+        assert run["message"] == ""
+        losses.append(run["result"]["final_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert not any(module._compiled_call_impl for module in small_sdxl.load().unet.modules())
+
+
+def test_a_compiler_that_fails_is_told(small_sdxl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no C++ compiler was found")
+
+    monkeypatch.setattr(networks, "BACKEND", broken)
+    spec = comparison.start(tmp_path, "subject", small.spec(steps=1, compile=True), small.pictures())
+    run = comparison.run_all(tmp_path, "subject", spec, lambda _: lambda *_, **__: None)[1]
+    assert run["message"].startswith("The UNet cannot be compiled here (")
+    assert "no C++ compiler was found" in run["message"]
+
+
 # -- learning rates ---------------------------------------------------------------------------------------
 class Both(nn.Module):
     def __init__(self) -> None:

@@ -165,7 +165,7 @@ class Run:
             except Exception as error:  # the compiler's errors have no common class
                 if not self.spec["compile"] or isinstance(error, LabError | Cancelled):
                     raise
-                what = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+                what = " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
                 raise LabError(f"The UNet cannot be compiled here ({what}): leave compile off.") from error
             told = flight.sentence
             write_json(path, {"told": told, "peak_bytes": flight.peak, "available_bytes": flight.available})
