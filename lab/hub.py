@@ -42,11 +42,11 @@ class Cached:
 
 def cached() -> list[Cached]:
     """Models in the Hub's cache on this machine, the largest first; none where there is no cache."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = scan_cache_dir().repos
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except (CacheNotFound, OSError, ValueError):
         return []
     found = []

@@ -100,7 +100,7 @@ def finish(run: Run, store: Store) -> None:
 def form(**given: Any) -> dict[str, Any]:
     """What the browser sends on Train, with some of it replaced."""
     words = {"pictures": [PICTURE | {"id": f"{i:024x}"} for i in range(3)], "class_word": "fox", "trigger": "sks"}
-    picker = {"picker": {"chosen": ["lora", "nora"], "knobs": {}}}
+    picker = {"picker": {"chosen": ["lora", "nora"], "knobs": {}}, "adapters": []}
     return words | picker | settings.shown(settings.DEFAULT_BASE) | given
 
 
