@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lab.pretrain import card, clip, vae
 from lab.pretrain.common import autocast, device, generator
 from lab.pretrain.concepts import CONCEPTS, PLACES, prompt
-from lab.pretrain.scenes import compose
+from lab.pretrain.scenes import STEADY, compose
 from lab.pretrain.sprites import Sprites
 
 SEEDS = (0,)  # one picture of each concept: the share is good to about 0.03
@@ -132,7 +132,7 @@ def _diversity(pipe, judge: Judge, sprites: Sprites) -> dict[str, float]:
             for c in concepts
         ]
     )
-    real = compose(sprites, rows, places.repeat_interleave(group), g, (0.76, 0.86), shift=0.06, mirrored=0.0)
+    real = compose(sprites, rows, places.repeat_interleave(group), g, **STEADY)
     return {"diversity": judge.spread(drawn, group), "diversity_real": judge.spread(real, group)}
 
 
