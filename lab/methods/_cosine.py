@@ -21,7 +21,8 @@ def cosine(size: int, device: torch.device) -> torch.Tensor:
 class Place(torch.autograd.Function):
     """c (k,), places (k, 2) → S (m, n), zero but for c at the rounded places; coefficients in one place add.
 
-    Back come c's gradient, Z at its place, and the places' by central differences of Z (one-sided at the border).
+    Back come c's gradient, Z at its place, and the places' by central differences of Z (one-sided at the border), held
+    within ±1 as in the released code.
     """
 
     @staticmethod
@@ -40,4 +41,4 @@ class Place(torch.autograd.Function):
             return g_c, None, None, None
         down = Z[(i + 1).clamp_max(m - 1), j] - Z[(i - 1).clamp_min(0), j]
         across = Z[i, (j + 1).clamp_max(n - 1)] - Z[i, (j - 1).clamp_min(0)]
-        return g_c, torch.stack((c * down, c * across), dim=1) / 2, None, None
+        return g_c, (torch.stack((c * down, c * across), dim=1) / 2).clamp(-1, 1), None, None

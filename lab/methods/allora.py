@@ -3,7 +3,8 @@
 ΔW = B·A with B zero at the start. The gradient of each row of A and of B is multiplied by 1/√(‖row‖₂ + 1/η²):
 large near zero (η at zero itself, which speeds up B's escape), small for rows that have grown. No official code was found;
 the coefficient is the abstract's "inversely proportional to parameters' ℓ2 norm" in the form that public
-re-implementations give it (for rows of both matrices, η = 2).
+re-implementations give it: all take 1/√(‖row‖ + 1/η²) with η = 2, most for the rows of both matrices, as here, some of
+them once at the start, some for the rows of ΔW. Which of these the paper means is not settled.
 The update rule is the plain optimizer's; the factor sits in the gradient. Adam divides a constant factor out again, so
 that with it only the factor's change over time counts.
 """
@@ -40,7 +41,10 @@ class Allora(OwnMethod):
     learning_rate = 1e-3
     low_rank = True
     tensors = {"trained": {"B": "m × r", "A": "r × n"}, "frozen": {}}
-    remark = "No official code was found: that the rows of both matrices are scaled, and η = 2, follow public re-implementations."
+    remark = (
+        "No official code was found. That the rows of both matrices are scaled, and η = 2, follow public"
+        " re-implementations, which do not agree: some scale the rows of ΔW instead. Not settled."
+    )
 
     def count_layer(self, layer: Layer, knobs: AlloraKnobs) -> int:
         return knobs.r * (layer.m + layer.n)

@@ -47,7 +47,7 @@ class BlockLora(OwnMethod):
     learning_rate = 1e-3
     low_rank = True
     tensors = {"trained": {"B": "N × m × r/N", "A": "r/N × n"}, "frozen": {}}
-    remark = "Read from the abstract; no official code was found."
+    remark = "Read from the abstract; no official code was found, so that the blocks' start and scale are not settled."
 
     def count_layer(self, layer: Layer, knobs: BlockLoraKnobs) -> int:
         return knobs.r * layer.m + knobs.r // knobs.blocks * layer.n

@@ -2,7 +2,7 @@
 
 ΔK[o, i, y, x] = s·Σ_ρ a_ρ[o]·b_ρ[i]·c_ρ[y]·d_ρ[x], the canonical polyadic form: r·(c_out + c_in + k_h + k_w) trained
 numbers instead of LoRA's r·(c_out + c_in·k_h·k_w). Seen as a matrix, of rank r: it leaves as a LoRA. On a linear layer
-two vectors are left, and it is LoRA. No official code was found; here a starts at zero, b as LoRA's A, c and d at
+two vectors are left, and it is LoRA. No official code was found, so that the start is not settled; here a starts at zero, b as LoRA's A, c and d at
 random with unit expected norm.
 """
 
@@ -40,7 +40,10 @@ class CpLora(OwnMethod):
     learning_rate = 1e-3
     low_rank = True
     tensors = {"trained": {"a": "c_out × r", "b": "r × c_in", "c": "r × k_h", "d": "r × k_w"}, "frozen": {}}
-    remark = "Made for convolutions: choose conv among the targets. On linear layers it is plain LoRA."
+    remark = (
+        "Made for convolutions: choose conv among the targets. On linear layers it is plain LoRA. No official code was"
+        " found: the vectors' start is ours."
+    )
 
     def count_layer(self, layer: Layer, knobs: CpLoraKnobs) -> int:
         return knobs.r * (layer.out + layer.in_ + sum(layer.kernel or ()))

@@ -2,8 +2,8 @@
 
 Each step draws b from {r_min, …, r} and sees B_b = B[:, :b], A_b = A[:b]: ΔW = (alpha/b)·B_b·A_b. Afterwards any rank b
 can be cut out. With `frozen`, only the b-th column and row learn in that step (the paper's first variant). Official
-code: huawei-noah/KD-NLP, DyLoRA/loralib (class `dynamic`, read in a public copy: both factors cut and multiplied by
-√(r/b), times alpha/r); one rank for all layers in a step, as there. scale is alpha/r, so that the uncut update is s·B·A.
+code: huawei-noah/KD-NLP, DyLoRA/loralib (class `dynamic`, read in a public copy, since the repository itself could not
+be: both factors cut and multiplied by √(r/b), times alpha/r); one rank for all layers in a step, as there. scale is alpha/r, so that the uncut update is s·B·A.
 """
 
 from __future__ import annotations

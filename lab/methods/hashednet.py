@@ -2,7 +2,8 @@
 
 ΔW_ij = s·ξ(i, j)·w_{h(i, j)}: h hashes an entry to one of K buckets, ξ to a sign ±1; w (K) is trained, zero at the
 start. The paper compresses a network's weights themselves with xxHash; here the same form is an update, and the hash
-is the lab's own (`lab/counter.py`), the same on every device. The hash is computed again in each pass: an index per entry
+is the lab's own (`lab/counter.py`), the same on every device. PRANC's release has the same form without signs and with
+buckets of equal size (github.com/UCDvision/PRANC, commit 04c2776, utils.py, `init_bin_alpha`). The hash is computed again in each pass: an index per entry
 would take as much memory as the weights.
 """
 

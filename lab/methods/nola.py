@@ -2,16 +2,22 @@
 
 ΔW = (c/r)·B·A with A = A₀ + Σ_{i≤k} αᵢ·Aᵢ (r×n) and B = Σ_{j≤l} βⱼ·Bⱼ (m×r) over frozen pseudo-random bases; only the
 k + l coefficients are trained and stored, whatever m, n and r are. The paper writes the product the other way round
-(α for the m×r factor); this follows the authors' code (github.com/UCDvision/NOLA), where α belongs to lora_A.
+(α for the m×r factor); this follows the authors' code (github.com/UCDvision/NOLA, commit e009fdc, gpt/src/model_nola.py
+and, the same, llama/qlora/peft/tuners/lora.py: `GenerateParams`, `NOLALinear`), where α belongs to lora_A, a basis is
+U(−1, 1)/√k drawn anew for each layer and factor, and the product is scaled by alpha/r (c here).
 
-A₀ is a frozen random matrix and α = β = 0 at the start, as in the authors' GPT and LLaMA code: ΔW is zero and the
-gradient of β is not. The paper's text has no A₀; with α = β = 0 alone nothing would ever move.
+A₀ is a frozen random matrix (uniform in ±1/√n) and α = β = 0 at the start, as there: ΔW is zero and the gradient of β is
+not. The paper's text has no A₀; with α = β = 0 alone nothing would ever move. The ViT code (commit 739fcb9, vit/NOLA.py,
+`NOLA2`) starts away from the base instead: no A₀, α = 1/k and β = 1/l; it seeds every layer alike, so that layers of
+one shape have one basis (`shared` here). The paper has c = 1 for GPT-2 and 4 for LLaMA; the released script
+(gpt/examples/NLG/scripts/finetune_gpt2m_e2e_qv_nola.sh) takes alpha = r = 8, a factor of 1.
 
 A convolution's kernel is reshaped to the nearest to square matrix its size allows (the paper's appendix), so its
 update is of low rank in that shape only. Coefficients may be quantised to 8, 4, 3 or 2 bits (the paper's Table 4):
 `ptq` when they are saved, `qat` in every forward pass with straight-through gradients. Of the quantiser the paper says
 only that it follows Rastegari et al. 2016 and Jacob et al. 2018; here it is the latter's, uniform over each vector's own
-range, which is what its smallest and largest codes stand for.
+range, which is what its smallest and largest codes stand for. The release trains no quantised NOLA; the helper it has
+(vit/utils/utils.py, `normalize_int`) scales by the largest magnitude, for 8 and 4 bits.
 """
 
 from __future__ import annotations

@@ -5,8 +5,14 @@ A' (r_inner×r), trained, started as the first r_inner columns and rows of Σ_r^
 
 The paper's equation 2 and Algorithm 1 do not type-check (A and B swapped; `r_out // r_in` used as a slice). This form
 is the one that agrees with its equation 4 (2·r_outer·r_inner trained numbers a layer), its Figure 1 and the authors'
-code (github.com/lliai/LoRA-Zoo, nora/loralib/layers.py, commit 52dcec3). The paper does not say that the start value
-is taken off; here it is by default, so that training starts at the base model and W itself never changes.
+code (github.com/lliai/LoRA-Zoo, commit 52dcec3, nora/loralib/lora_lib.py, `NoRALinear_C`: two frozen outer factors, two
+trained inner ones, r_outer = 0.8 of the smaller side, r_inner = 16). The paper does not say that the start value is
+taken off; here it is by default, so that training starts at the base model and W itself never changes.
+
+The start is the paper's. In `NoRALinear_C` the outer factors hold Σ (all of it in one, or its root in each; of the
+activation-scaled weight, the scale divided out again), the inner ones are drawn from N(0, 1), and s is alpha/r_outer; the
+start value stays in, and the layer's bias is added a second time. nora/loralib/layers.py, an earlier form, starts the
+inner factors (of r_outer/40 ranks) orthogonal, with a trained diagonal between them.
 """
 
 from __future__ import annotations
@@ -57,7 +63,8 @@ class Nora(OwnMethod):
     }
     remark = (
         "The paper's equation 2 and Algorithm 1 do not type-check; this is the form of its equation 4 and of the"
-        " authors' code. The start value is subtracted (identity_init), which the paper leaves open."
+        " authors' code. The start value is subtracted (identity_init), which the paper leaves open. The released code"
+        " keeps Σ in the outer factors and draws the inner ones at random; here they start from Σ, as the paper says."
     )
 
     # -- counting ------------------------------------------------------------------------------------------

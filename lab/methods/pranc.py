@@ -3,7 +3,11 @@
 vec(ΔW) = s·Σ_{i≤k} αᵢ·vᵢ over frozen pseudo-random vectors vᵢ of m·n entries, α = 0 at the start: the baseline of the
 NOLA paper. The original compresses a whole network into one vector; as in NOLA's comparison, each layer has its own
 coefficients here. A plain basis costs k·m·n a step, so beyond small layers the default is the Walsh–Hadamard basis,
-whose combination costs N·log N (lab/methods/_basis.py). The original's code: github.com/UCDvision/PRANC.
+whose combination costs N·log N (lab/methods/_basis.py).
+
+The original's code: github.com/UCDvision/PRANC, main_1gpu.py (commit 21a7d92, `fill_net`) and utils.py (commit 04c2776,
+`fill_basis_mat`). There vᵢ is a freshly started network, seeded by i: uniform in ±1/√fan_in layer by layer, where ours is
+U(−1, 1)/√k, as NOLA's; and α starts at (1, 0, …, 0), the first of these networks, where an update starts at zero.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 W = U·diag(σ)·Vᵀ, all p = min(m, n) terms. W' = U·relu(S')·Vᵀ where S' is diag(a·σ + b) on the first k and
 diag(σ) + X·Y on the others; a, b (k), X (p−k, r), Y (r, p−k) are trained, from a = 1, b = 0, X, Y ~ 0.01·N(0, 1).
 Official code: github.com/BioMedIA-MBZUAI/SALT (`SALTLinear`, read in a public copy: `trainable_scale_A`,
-`trainable_shift_B`, `trainable_X`, `trainable_Y`, `F.relu(new_s)`). X·Y is not zero at the start, and the relu clips its negative entries: training starts
-slightly off the base, and a start at zero would leave the relu without a gradient. The code returns
+`trainable_shift_B`, `trainable_X`, `trainable_Y`, `F.relu(new_s)`). X·Y is not zero at the start, and the relu clips its
+negative entries: training starts slightly off the base, and a start at zero would leave the relu without a gradient. The code returns
 ‖scaled − σ‖ + ‖X·Y‖ as a regulariser, to be weighted by the task: `reg`.
 """
 

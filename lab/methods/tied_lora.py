@@ -1,9 +1,11 @@
 """Tied-LoRA: one trained LoRA for all layers of a kind, scaled by each layer's own vectors (Renduchintala et al. 2023, arXiv 2311.09578).
 
 ΔW_l = s·diag(v_l)·B·diag(u_l)·A with A (r×n), B (m×r) shared, u_l (r), v_l (m) a layer's own, all trained (the
-paper's TL6). A starts as LoRA's, B at zero, u and v at one. No official code was found. In the paper one fused
-q-k-v projection is adapted, and tied over depth. Here layers are tied that have the same role (q, k, v, …) and
-shape, which is the same thing for B, or, with `tie` = shape, all of a shape.
+paper's TL6). A starts as LoRA's, B at zero, u and v at one. The authors' release (github.com/NVIDIA/NeMo, commit 012b7f2,
+nemo/collections/nlp/modules/common/megatron/adapters/parallel_adapters.py, `ParallelLinearAdapterWeightTying`) ties A and
+B (B zero) and has no u and v, but an optional position embedding: the vectors' start is not settled by it. In the paper
+one fused q-k-v projection is adapted, and tied over depth. Here layers are tied that have the same role (q, k, v, …)
+and shape, which is the same thing for B, or, with `tie` = shape, all of a shape.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ class TiedLora(OwnMethod):
     learning_rate = 1e-3
     low_rank = True
     tensors = {"trained": {"A": "r × n, shared", "B": "m × r, shared", "u": "r", "v": "m"}, "frozen": {}}
-    remark = "No official code was found; all four tensors are trained, the paper's variant TL6."
+    remark = (
+        "All four tensors are trained, the paper's variant TL6. The authors' release (NeMo) ties the factors but has no"
+        " scaling vectors, so that their start at one is ours."
+    )
 
     def group(self, layer: Layer, knobs: TiedLoraKnobs) -> str:
         role = layer.role if knobs.tie == "role" else ""

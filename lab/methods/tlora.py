@@ -4,8 +4,8 @@ W' = W·T + Δ. T (n×n) is a tensor-ring matrix: with n = n₁⋯n_D, T[i₁…
 A^d (n_d, n_d, R_T, R_T). Δ is a tensor ring over m₁⋯m_D and n₁⋯n_D: Δ[i, j] = tr(B¹[i₁]⋯B^D[i_D]·C¹[j₁]⋯C^D[j_D]), cores
 (m_d, R, R) and (n_d, R, R). T starts at the identity (every A^d[:, :, ρ, ρ'] = I/R_T), Δ at zero (B¹ = 0), the other
 cores at N(0, 1/R): the paper asks for the scale Θ(√n_out / n_in) without naming the sizes; 1/√R keeps a product of
-cores at the size of one. The transform is dense and of full rank with few numbers; the residual has rank R² at most.
-The authors' code (github.com/taozerui/tlora_diffusion) could not be read: the form is the paper's, its TLoRA(2, 6).
+cores at the size of one (not settled). The transform is dense and of full rank with few numbers; the residual has rank R² at most.
+The authors' code (github.com/taozerui/tlora_diffusion) is in no index here and could not be read: the form is the paper's, its TLoRA(2, 6).
 """
 
 from __future__ import annotations
