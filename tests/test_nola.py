@@ -14,7 +14,7 @@ from torch import nn
 
 from lab import counter
 from lab.errors import LabError
-from lab.methods import METHODS, NolaConfig, PrancConfig, _basis, adapters
+from lab.methods import METHODS, NolaConfig, PrancConfig, _basis, _codes, adapters
 from lab.methods.nola import near_square
 from lab.methods.spec import Layer
 from tests import methods_battery as battery
@@ -143,6 +143,24 @@ def test_a_pair_in_one_transform_is_the_same():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("counts", "sizes"), [((12, 20), (200, 152)), ((300, 300), (3000, 900)), ((1200, 5), (1200, 64))]
+)
+def test_two_uniform_bases_read_together_are_the_same(counts, sizes):
+    c, g = [torch.randn(k) for k in counts], [torch.randn(size) for size in sizes]
+    found = []
+    for limit in (0, 1 << 30, 1 << 30):  # made each time, kept, found again: bit for bit the same
+        maps = _basis.pair(counts, "uniform", (5, 6), sizes, torch.device("cpu"), limit, gain=0.25)
+        with torch.inference_mode(limit == 0):  # what that mode leaves behind must be usable outside it
+            found.append([x.clone() for x in (*maps.forward(*c), *maps.backward(*g))])
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+    V, W = (_basis.vectors("uniform", k, key, size) for k, key, size in zip(counts, (5, 6), sizes, strict=True))
+    slow = c[0] @ V, c[1] @ W * 0.25, V @ g[0], W @ g[1] * 0.25
+    for a, b in zip(found[0], slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_transform_is_walsh_hadamards():
     for a in range(9):
         size = 1 << a
@@ -227,21 +245,21 @@ def test_convolutions_take_the_nearest_to_square_shape():
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_packing_is_exact(bits):
     codes = torch.randint(0, 2**bits, (101,), dtype=torch.uint8)
-    packed = _basis.pack(codes, bits)
+    packed = _codes.pack(codes, bits)
     assert packed.numel() == math.ceil(101 * bits / 8)
-    assert torch.equal(_basis.unpack(packed, bits, 101), codes)
+    assert torch.equal(_codes.unpack(packed, bits, 101), codes)
 
 
 def test_quantiser():
     x = torch.tensor([-1.0, -0.4, 0.1, 2.0])
-    codes, low, step = _basis.quantise(x, 2)
+    codes, low, step = _codes.quantise(x, 2)
     assert codes.tolist() == [0, 1, 1, 3]
     assert (low.item(), step.item()) == (-1.0, 1.0)
     y = x.clone().requires_grad_()
-    _basis.fake_quantise(y, 2).sum().backward()
+    _codes.fake_quantise(y, 2).sum().backward()
     assert y.grad.tolist() == [1, 1, 1, 1]
     zero = torch.zeros(5)
-    assert torch.equal(_basis.fake_quantise(zero, 4), zero)
+    assert torch.equal(_codes.fake_quantise(zero, 4), zero)
 
 
 @pytest.mark.parametrize("quant", ["ptq", "qat"])

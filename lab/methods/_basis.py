@@ -7,8 +7,10 @@ again, so that memory holds neither the basis nor anything of its size.
 from __future__ import annotations
 
 import functools
+import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -61,12 +63,17 @@ def pair(
     gain: float = 1.0,
 ) -> Pair:
     """`combine` for two coefficient vectors, the second times `gain`; one transform does for two Hadamard bases of the
-    same side."""
-    if basis == "hadamard" and (side := _side(sizes[0])) == _side(sizes[1]):
+    same side, one reading for two small uniform ones."""
+    if basis == "hadamard" and (side := _side(sizes[0])) != _side(sizes[1]):
+        pass
+    elif basis == "hadamard":
         bytes_, name = 2 * side + 12 * sum(counts), ("pair", keys, counts, sizes, gain, device)
         held = cache.get(name, bytes_, cache_bytes, lambda: _Constants.make(keys, counts, sizes, gain, device))
         if held is not None:
             return Pair(held.forward, held.backward)
+    elif counts[0] * sizes[0] + counts[1] * sizes[1] <= CHUNK:
+        twins = _twins(keys, counts, sizes, gain, device, cache_bytes)
+        return Pair(twins.forward, twins.backward)
     to, back = (_hadamard, _hadamard_transposed) if basis == "hadamard" else (_uniform, _uniform_transposed)
 
     def forward(c: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,42 +149,126 @@ def vectors(basis: str, k: int, key: int, size: int) -> torch.Tensor:
 
 
 def _uniform(c: torch.Tensor, key: int, size: int, cache_bytes: int) -> torch.Tensor:
-    total = c.new_zeros(size)
+    scaled = c * _step(c.numel())
+    total = scaled.sum().mul_(0.5).repeat(size)
     for rows, columns, block in _chunks(key, c.numel(), size, c.device, cache_bytes):
-        total[columns.start : columns.stop] += c[rows.start : rows.stop] @ block.float()
-    return (total + 0.5 * c.sum()) / (128 * c.numel() ** 0.5)
+        total[columns].addmv_(block.T, scaled[rows])
+    return total
 
 
 def _uniform_transposed(g: torch.Tensor, key: int, size: int, k: int, cache_bytes: int) -> torch.Tensor:
-    total = g.new_zeros(k)
+    total = g.sum().mul_(0.5).repeat(k)
     for rows, columns, block in _chunks(key, k, size, g.device, cache_bytes):
-        total[rows.start : rows.stop] += block.float() @ g[columns.start : columns.stop]
-    return (total + 0.5 * g.sum()) / (128 * k**0.5)
+        total[rows].addmv_(block, g[columns])
+    return total.mul_(_step(k))
 
 
-def _chunks(key: int, k: int, size: int, device: torch.device, cache_bytes: int) -> Any:
-    """(rows, columns, signed bytes) over the whole basis, at most CHUNK entries at once."""
+def _step(k: int) -> float:
+    """Distance of two neighbouring values of a uniform basis of k vectors."""
+    return 1 / (128 * k**0.5)
 
-    def whole() -> torch.Tensor:
-        block = torch.empty(k, size, dtype=torch.int8, device=device)
-        high = max(1, CHUNK // size)
-        for top in range(0, k, high):
-            rows = range(top, min(top + high, k))
-            block[rows.start : rows.stop] = counter.uniform_bytes(key, rows, range(size), device)
-        return block
 
-    kept = cache.get(("uniform", key, k, size, device), k * size, cache_bytes, whole)
+def _chunks(
+    key: int, k: int, size: int, device: torch.device, cache_bytes: int
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """(rows, columns, bytes as float32) over the whole basis, at most CHUNK entries at once."""
+    kept = cache.get(("uniform", key, k, size, device), k * size, cache_bytes, lambda: _bytes(key, k, size, device))
     wide = min(size, CHUNK // 4 * 4)
+    high = max(1, CHUNK // wide)
     for left in range(0, size, wide):
         columns = range(left, min(left + wide, size))
-        high = max(1, CHUNK // len(columns))
         for top in range(0, k, high):
             rows = range(top, min(top + high, k))
-            if kept is None:
-                block = counter.uniform_bytes(key, rows, columns, device)
-            else:
-                block = kept[rows.start : rows.stop, columns.start : columns.stop]
-            yield rows, columns, block
+            part = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
+
+            def block(rows: range = rows, columns: range = columns, part: Any = part) -> torch.Tensor:
+                return counter.uniform_bytes(key, rows, columns, device) if kept is None else kept[part]
+
+            yield *part, scratch.floats((key, rows, columns), (len(rows), len(columns)), device, block)
+
+
+def _bytes(key: int, k: int, size: int, device: torch.device) -> torch.Tensor:
+    """A whole basis (k, size), int8, made a chunk at a time."""
+    made = torch.empty(k, size, dtype=torch.int8, device=device)
+    high = max(1, CHUNK // size)
+    for top in range(0, k, high):
+        rows = range(top, min(top + high, k))
+        made[rows.start : rows.stop] = counter.uniform_bytes(key, rows, range(size), device)
+    return made
+
+
+class _Twins:
+    """Two small uniform bases one after the other, made into floats together; the second's combinations times a gain."""
+
+    def __init__(
+        self,
+        keys: tuple[int, int],
+        counts: tuple[int, int],
+        sizes: tuple[int, int],
+        gain: float,
+        device: torch.device,
+        cache_bytes: int,
+    ) -> None:
+        self.bases = tuple(zip(keys, counts, sizes, strict=True))
+        self.name = ("twins", keys, counts, sizes, device)
+        self.steps = _step(counts[0]), _step(counts[1]) * gain
+        self.device, self.cache_bytes = device, cache_bytes
+        self.first = counts[0] * sizes[0]
+        self.length = self.first + counts[1] * sizes[1]
+
+    def floats(self) -> tuple[torch.Tensor, torch.Tensor]:
+        (_, k, m), (_, l, n) = self.bases
+        both = scratch.floats(self.name, (self.length,), self.device, self.kept)
+        return both[: self.first].view(k, m), both[self.first :].view(l, n)
+
+    def kept(self) -> torch.Tensor:
+        found = cache.get(self.name, self.length, self.cache_bytes, self.made)
+        return self.made() if found is None else found
+
+    def made(self) -> torch.Tensor:
+        return torch.cat([_bytes(*basis, self.device).view(-1) for basis in self.bases])
+
+    def forward(self, c: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (V, W), c, d = self.floats(), c * self.steps[0], d * self.steps[1]
+        return torch.addmv(c.sum(), V.T, c, beta=0.5), torch.addmv(d.sum(), W.T, d, beta=0.5)
+
+    def backward(self, g: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (V, W), (one, other) = self.floats(), self.steps
+        to_c, to_d = torch.addmv(g.sum(), V, g, beta=0.5), torch.addmv(h.sum(), W, h, beta=0.5)
+        return to_c.mul_(one), to_d.mul_(other)
+
+
+_twins = functools.lru_cache(maxsize=4096)(_Twins)
+
+
+class _Scratch(threading.local):
+    """Room for a chunk's bytes as float32, one for each thread: memory made anew costs more than what is done with it.
+
+    It remembers what it holds, since layers that share a basis often follow each other.
+    """
+
+    room: torch.Tensor | None = None
+    holds: tuple[Any, ...] = ()
+
+    def floats(
+        self, name: tuple[Any, ...], shape: tuple[int, ...], device: torch.device, block: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """What `block` makes, as float32, until the next call. The name says all that it depends on."""
+        size = math.prod(shape)
+        if device.type != "cpu" or size > CHUNK:
+            return block().float()
+        if self.room is None or self.room.numel() < size:
+            with torch.inference_mode(False):  # what is made in that mode could not be written outside it
+                self.room, self.holds = torch.empty(size), ()
+        room = self.room[:size].view(shape)
+        if self.holds != name:
+            self.holds = ()  # nothing, should the next line fail
+            room.copy_(block())
+            self.holds = name
+        return room
+
+
+scratch = _Scratch()
 
 
 class Cache:
@@ -305,33 +396,3 @@ def _matrix(side: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor
     while h.shape[0] < side:
         h = torch.kron(two, h)
     return h
-
-
-# -- quantised coefficients ---------------------------------------------------------------------------------------
-def quantise(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(codes 0…2ᵇ−1 as uint8, smallest value, step): x ≈ smallest + step·code, over the vector's own range."""
-    low, high = x.min(), x.max()
-    step = (high - low) / (2**bits - 1)
-    codes = torch.where(step > 0, (x - low) / step.clamp_min(1e-30), torch.zeros_like(x)).round().to(torch.uint8)
-    return codes, low, step
-
-
-def fake_quantise(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """x rounded to 2ᵇ values over its range; the gradient goes through as if it had not been (straight-through)."""
-    codes, low, step = quantise(x.detach(), bits)
-    return x + (low + step * codes - x).detach()
-
-
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes (n,) of `bits` bits as ⌈n·bits/8⌉ bytes, lowest bits first."""
-    shifts = torch.arange(bits, dtype=torch.uint8)
-    stream = ((codes.cpu()[:, None] >> shifts) & 1).reshape(-1)
-    stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).view(-1, 8)
-    return (stream << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
-
-
-def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The `count` codes that `pack` packed."""
-    stream = ((packed.cpu()[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1)
-    stream = stream[: count * bits].view(count, bits)
-    return (stream << torch.arange(bits, dtype=torch.uint8)).sum(1).to(torch.uint8)

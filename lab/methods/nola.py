@@ -121,12 +121,12 @@ class Nola(OwnMethod):
     def parts(self, t: Mapping[str, torch.Tensor], knobs: Any, layer: Layer) -> tuple[Any, Any, Any, torch.Tensor]:
         """(α, β, what combines them with the scale in B, A₀ (r, n))."""
         from lab import counter
-        from lab.methods import _basis
+        from lab.methods import _basis, _codes
 
         m, n = self.shape(layer)
         alpha, beta = t["alpha"], t["beta"]
         if knobs.quant == "qat" and knobs.quant_bits:
-            alpha, beta = (_basis.fake_quantise(x, knobs.quant_bits) for x in (alpha, beta))
+            alpha, beta = (_codes.fake_quantise(x, knobs.quant_bits) for x in (alpha, beta))
         kind = "hadamard" if knobs.basis == "hadamard" else "uniform"
         whose = f"{m}x{n}" if knobs.basis == "shared" else layer.name
         a, b, a0 = (counter.key("nola", knobs.seed, whose, side) for side in ("a", "b", "a0"))
@@ -167,11 +167,11 @@ class Nola(OwnMethod):
         """All coefficient vectors as one stream of codes, and (smallest, step) of each, in the order of the names."""
         import torch
 
-        from lab.methods import _basis
+        from lab.methods import _codes
 
-        found = [_basis.quantise(v.detach().float().cpu(), knobs.quant_bits) for _, v in sorted(tensors.items())]
+        found = [_codes.quantise(v.detach().float().cpu(), knobs.quant_bits) for _, v in sorted(tensors.items())]
         return {
-            "codes": _basis.pack(torch.cat([codes for codes, _, _ in found]), knobs.quant_bits),
+            "codes": _codes.pack(torch.cat([codes for codes, _, _ in found]), knobs.quant_bits),
             "ranges": torch.stack([torch.stack((low, step)) for _, low, step in found]),
         }
 
@@ -179,7 +179,7 @@ class Nola(OwnMethod):
         self, packed: Mapping[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], knobs: NolaKnobs
     ) -> dict[str, torch.Tensor]:
         """The coefficient vectors by name. Raises LabError when the file holds another number of them."""
-        from lab.methods import _basis
+        from lab.methods import _codes
 
         total = sum(size for (size,) in shapes.values())
         codes, ranges = packed.get("codes"), packed.get("ranges")
@@ -187,7 +187,7 @@ class Nola(OwnMethod):
             raise LabError("The adapter file's packed coefficients do not fit this model: it was made for another one.")
         if tuple(ranges.shape) != (len(shapes), 2):
             raise LabError("The adapter file's packed coefficients have no range each: it was made for another model.")
-        values = _basis.unpack(codes, knobs.quant_bits, total).float()
+        values = _codes.unpack(codes, knobs.quant_bits, total).float()
         parts = values.split([size for _, (size,) in sorted(shapes.items())])
         return {
             name: low + step * part for name, part, (low, step) in zip(sorted(shapes), parts, ranges.cpu(), strict=True)
