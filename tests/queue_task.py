@@ -88,6 +88,9 @@ def misbehave(knobs: dict[str, Any], step: int, folder: Path) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
             (folder / "adapter.bin").write_bytes(b"x")
+        case "leave":  # a program that goes on when the run is over
+            (folder / "helper").write_text(str(subprocess.Popen(["sleep", "300"]).pid))
+            return
         case "deaf":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             helper = subprocess.Popen(["sleep", "300"])

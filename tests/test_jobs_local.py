@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.jobs import BACKENDS, Orders, ensure_worker, warm
+from lab.jobs import BACKENDS, Orders, ensure_worker, kept, warm
 from lab.jobs.local import Local
 from lab.jobs.table import Table
 from lab.jobs.worker import Worker
@@ -44,7 +44,7 @@ def orders_for(home: Path, run: Run) -> Orders:
 def test_cancel_while_everything_is_being_imported(store: Store, home: Path, tmp_path: Path) -> None:
     orders = orders_for(home, submit(store)[0])
     nursery = warm.Nursery(home)
-    attempt = warm.WarmAttempt(nursery, orders)
+    attempt = nursery.begin(orders)
     attempt.stop()  # it has not even said that it began
     assert wait(lambda: attempt.poll(), "the end") == -signal.SIGKILL
     assert not nursery.fit(home)
@@ -55,7 +55,7 @@ def test_new_code_gets_a_new_process(store: Store, home: Path, monkeypatch: pyte
     nursery = warm.Nursery(home)
     assert nursery.fit(home)
     assert not nursery.fit(home / "elsewhere")
-    monkeypatch.setattr(warm, "_version", lambda: nursery.version + 1)
+    monkeypatch.setattr(kept, "code_version", lambda: nursery.version + 1)
     assert not nursery.fit(home)
     nursery.close()
     assert not alive(nursery.process.pid)
@@ -69,8 +69,8 @@ def test_dead_process_is_replaced(store: Store, home: Path) -> None:
         attempt = local.start(orders)
         assert wait(lambda attempt=attempt: attempt.poll() is not None, "the end")
         attempts.append(attempt.poll())
-        local._nursery.process.kill()
-        local._nursery.process.wait()
+        local._kept.process.kill()
+        local._kept.process.wait()
     local.rest()
     assert attempts == [0, 0]
     assert json.loads((orders.folder / "outcome.json").read_text())["state"] == "done"

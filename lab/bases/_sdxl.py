@@ -16,6 +16,7 @@ import torch
 
 from lab import device as devices
 from lab import hub, single_file
+from lab.bases import _kept
 from lab.errors import LabError
 from lab.tasks import Cancelled
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from lab.bases import Base
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-_kept: list[tuple[Any, Any]] = []  # the last one loaded, with what it was loaded by
 
 
 def load(
@@ -37,27 +37,26 @@ def load(
     told(done, all): bytes of a download, a few times a second.
     """
     device = torch.device(device) if device is not None else devices.pick()
-    key = (base.source, base.variant, base.vae, device, dtype or devices.weights_dtype(device))
-    if not _kept or _kept[0][0] != key:
-        forget()
+    dtype = dtype or devices.weights_dtype(device)
+    key = ("sdxl", base.source, base.variant, base.vae, device, dtype, _kept.stamp(base.source))
+
+    def read() -> Any:
         with _plain_errors(base.source), _quiet():
-            pipe: Any = _read(base, key[-1], told)  # diffusers' annotations leave out what it has
+            pipe: Any = _read(base, dtype, told)  # diffusers' annotations leave out what it has
             for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
                 part.requires_grad_(False).eval()
             pipe.set_progress_bar_config(disable=True)
-            pipe.to(device)
-        _kept[:] = [(key, pipe)]
-    return _kept[0][1]
+            return pipe.to(device)
+
+    return _kept.lend(key, read)
 
 
 def loaded(base: Base) -> Any:
     """The pipeline that is kept, if it is this base's."""
-    return next((pipe for key, pipe in _kept if key[:3] == (base.source, base.variant, base.vae)), None)
+    return _kept.find(lambda key: key[:4] == ("sdxl", base.source, base.variant, base.vae))
 
 
-def forget() -> None:
-    """Let go of the pipeline that is kept."""
-    _kept.clear()
+forget = _kept.forget
 
 
 # -- reading -------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ WRITE_SECONDS = 0.25
 BEAT_SECONDS = 1.0
 # Exit codes, for when even outcome.json could not be written.
 DONE, FAILED, CANCELLED, DISK_FULL, NO_MEMORY = 0, 1, 3, 4, 5
+CRASHED = 128 + signal.SIGKILL  # through no fault of the attempt's: it is made again
 OUT_OF_MEMORY = (
     "Memory ran out: choose a smaller batch, resolution or rank, or close other programs, and press Retry; "
     "the run goes on from its last checkpoint."
@@ -97,24 +98,31 @@ def main(arguments: list[str]) -> int:
     faulthandler.enable()  # a segmentation fault leaves its stack in the log
     from lab.runs import default_home
 
-    home = default_home()
-    orders = read_orders(home, arguments[0])
-    folder = home / orders["folder"]
+    return attempt(default_home(), arguments[0], parent)
+
+
+def attempt(home: Path, run_id: str, parent: int = 0) -> int:
+    """Do the attempt that the orders tell of, in this process; its exit code. SIGTERM stops it."""
+    orders = read_orders(home, run_id)
+    folder, over = home / orders["folder"], threading.Event()
     with contextlib.suppress(OSError):
         (folder / "pid").write_text(str(os.getpid()))
     _say(f"--- attempt {orders['attempt']}, {time.strftime('%Y-%m-%d %H:%M:%S')} ---")
     progress = Progress(folder / "progress.json")
     signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "stopping", True))
     progress.beat()
-    threading.Thread(
-        target=_watch, args=(progress, parent, orders_path(home, arguments[0]), orders["token"]), daemon=True
-    ).start()
+    watch = threading.Thread(
+        target=_watch, args=(progress, parent, orders_path(home, run_id), orders["token"], over), daemon=True
+    )
+    watch.start()
     try:
         write_json(folder / "result.json", _finite(_run(home, orders, folder, progress)))
     except BaseException as error:  # a task's SystemExit too
         code, message = explain(error, folder)
     else:
         code, message = DONE, ""
+    over.set()
+    watch.join()  # nothing is written once the end is told
     progress.beat()  # where it ended
     return _tell(folder, orders["token"], code, message)
 
@@ -130,6 +138,23 @@ def read_orders(home: Path, run_id: str) -> dict[str, Any]:
 def import_extras() -> None:
     for module in filter(None, os.environ.get("LAB_EXTRA_TASKS", "").split(",")):
         importlib.import_module(module.strip())
+
+
+def import_for(home: Path, run_id: str) -> None:
+    """Import what the ordered run's task says it needs."""
+    try:
+        import_extras()
+        for module in getattr(TASKS[read_orders(home, run_id)["task"]], "imports", ()):
+            importlib.import_module(module)
+    except Exception as error:
+        # Not for here to tell: the attempt meets it again, where it becomes the run's message.
+        print(f"imports: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+
+def open_log(home: Path, run_id: str) -> int:
+    """A descriptor of the ordered run's log, for appending."""
+    folder = home / read_orders(home, run_id)["folder"]
+    return os.open(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 
 def _run(home: Path, orders: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
@@ -170,14 +195,13 @@ def _tell(folder: Path, token: str, code: int, message: str) -> int:
     return code
 
 
-def _watch(progress: Progress, parent: int, orders: Path, token: str) -> None:
-    """Signs of life for as long as the process runs.
+def _watch(progress: Progress, parent: int, orders: Path, token: str, over: threading.Event) -> None:
+    """Signs of life until the attempt is over.
 
     Ends the process when its worker is gone (where the system has not done so already), and when another attempt has
     been started in its place, because somebody believed this one lost: two would write into one folder.
     """
-    while True:
-        time.sleep(BEAT_SECONDS)
+    while not over.wait(BEAT_SECONDS):
         progress.beat()
         now = reading.json_file(orders)
         if (parent and os.getppid() != parent) or (now is not None and now.get("token") != token):

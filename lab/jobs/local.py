@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lab.errors import LabError
-from lab.jobs import Attempt, Orders, processes, register, warm
+from lab.jobs import Attempt, Orders, processes, register
+from lab.jobs.kept import Kept
+from lab.jobs.resident import Resident
+from lab.jobs.warm import Nursery
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,7 +51,7 @@ class Local:
     order = 0
 
     def __init__(self) -> None:
-        self._nursery: warm.Nursery | None = None
+        self._kept: Kept | None = None
 
     def devices(self) -> Sequence[str]:
         """NVIDIA GPUs by their index, as CUDA_VISIBLE_DEVICES limits them; "main" where there is none."""
@@ -68,9 +72,10 @@ class Local:
             raise LabError("The queue needs Linux or macOS: on Windows run the lab under WSL or Docker.") from None
 
     def start(self, orders: Orders) -> Attempt:
-        """A child of ours; where that works, forked from a process that has imported what it needs."""
-        if warm.possible(orders.device):
-            return self._forked(orders)
+        """A child of ours, or the next attempt of a process that has imported what it needs."""
+        for kind in (Resident, Nursery):
+            if kind.possible(orders.device):
+                return self._begun(kind, orders)
         environment = os.environ | {
             "LAB_HOME": str(orders.home),
             "LAB_PARENT": str(os.getpid()),
@@ -90,15 +95,14 @@ class Local:
             )
         return LocalAttempt(process)
 
-    def _forked(self, orders: Orders) -> Attempt:
-        if self._nursery is not None and self._nursery.fit(orders.home):
-            try:
-                return warm.WarmAttempt(self._nursery, orders)
-            except BrokenPipeError:  # it died this moment
-                pass
+    def _begun(self, kind: type[Kept], orders: Orders) -> Attempt:
+        kept = self._kept
+        if isinstance(kept, kind) and kept.fit(orders.home, orders.device):
+            with contextlib.suppress(BrokenPipeError):  # it died this moment
+                return kept.begin(orders)
         self.rest()
-        self._nursery = warm.Nursery(orders.home)
-        return warm.WarmAttempt(self._nursery, orders)
+        self._kept = kind(orders.home, orders.device)
+        return self._kept.begin(orders)
 
     def find(self, orders: Orders) -> Attempt | None:
         """Always None: here an attempt ends with its worker. What should still be there is killed first."""
@@ -111,9 +115,9 @@ class Local:
         return None
 
     def rest(self) -> None:
-        if self._nursery is not None:
-            self._nursery.close()
-            self._nursery = None
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
 
 
 register(Local())

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -95,6 +96,36 @@ def signal_group(pid: int, number: int) -> None:
     """Send a signal to the process group that `pid` leads; nothing happens when it is gone."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
+
+
+def members() -> list[int]:
+    """The other processes of this process's group: what it started and left running. Not Python's own, which sees to
+    semaphores."""
+    from multiprocessing import resource_tracker
+
+    own, group = {os.getpid(), getattr(resource_tracker._resource_tracker, "_pid", None)}, os.getpgrp()
+    found = _groups_by_proc() if sys.platform == "linux" else _groups_by_ps()
+    return [pid for pid, its_group in found if its_group == group and pid not in own]
+
+
+def _groups_by_proc() -> Iterator[tuple[int, int]]:
+    """(process, its group) of all that live."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+            if state != "Z":
+                yield int(path.parent.name), int(group)
+
+
+def _groups_by_ps() -> Iterator[tuple[int, int]]:
+    import subprocess
+
+    with subprocess.Popen(["ps", "-A", "-o", "pid=,pgid="], stdout=subprocess.PIPE, text=True) as ps:
+        lines = ps.communicate()[0].splitlines()
+    for line in lines:
+        pid, group = map(int, line.split())
+        if pid != ps.pid:
+            yield pid, group
 
 
 def command_line(pid: int) -> str:
