@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -92,9 +93,9 @@ def shaken(model):
     return model
 
 
-def train(method, model, steps=30, lr=1e-2):
+def train(method, model, steps=30, lr=1e-2, x=None):
     """Losses of a short regression, with every hook the trainer calls, and what came after the last step."""
-    x, wanted = inputs(), goal()
+    x, wanted = inputs() if x is None else x, goal()
     optimizer = method.optimizer(model, lr)
     losses = []
     for step in range(steps):
@@ -190,6 +191,38 @@ def runs_in_bf16(method) -> None:
     out.float().square().mean().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained)
+
+
+def lives_on_a_half_precision_base(method, folder) -> None:
+    """Attach, train, merge, unmerge, save and load on a float16 base: the adapter itself stays in float32."""
+
+    def half() -> nn.Module:
+        return base().to(torch.float16)
+
+    x = inputs().half()
+    model = attached(method, half(), seed=5)
+    before = {n: p for n, p in weights(model).items() if n.endswith(("q.weight", "k.weight"))}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 for p in trained)
+    start = [p.detach().clone() for p in trained]
+    losses = train(method, model, steps=4, x=x)
+    assert all(math.isfinite(loss) for loss in losses)
+    assert any(not torch.equal(p, s) for p, s in zip(trained, start, strict=True))
+    assert all(torch.isfinite(p).all() for p in trained)
+    with torch.no_grad():
+        out = model.eval()(x)
+        assert out.dtype == torch.float16
+        model.save_pretrained(str(folder))
+        assert torch.equal(adapters.load(half(), folder).eval()(x), out)
+        if method.mergeable:
+            model.merge_adapter()
+            torch.testing.assert_close(model(x), out, rtol=1e-2, atol=1e-2)
+            model.unmerge_adapter()
+            assert torch.equal(model(x), out)
+    for name, weight in weights(model).items():
+        if name in before:
+            assert weight.dtype == torch.float16
+            assert torch.equal(weight, before[name]), f"{name} did not come back bit for bit"
 
 
 def has_the_rank_it_claims(method) -> None:

@@ -81,6 +81,11 @@ def test_runs_in_bf16(method):
     battery.runs_in_bf16(method)
 
 
+@pytest.mark.parametrize("method", OWN)
+def test_lives_on_a_half_precision_base(method, tmp_path):
+    battery.lives_on_a_half_precision_base(method, tmp_path)
+
+
 @pytest.mark.parametrize("method", [p for p in ROWS if p.values[0].mergeable])
 def test_has_the_rank_it_claims(method):
     battery.has_the_rank_it_claims(method)
