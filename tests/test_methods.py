@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -138,6 +139,26 @@ def test_adapts_conv1d(method):
     if method.mergeable:
         model.merge_adapter()
         torch.testing.assert_close(model(x), out, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_a_damaged_file_is_one_sentence_through_peft_too(method, tmp_path):
+    battery.attached(method).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    damaged = {
+        whole[:-5]: "damaged or incomplete",
+        b"\xff" + whole[1:]: "damaged or incomplete",
+        bytes(flipped): "checksum",
+    }
+    for content, message in damaged.items():
+        file.write_bytes(content)
+        with pytest.raises(LabError, match=message):
+            PeftModel.from_pretrained(battery.base(), str(tmp_path))
+        with pytest.raises(LabError, match=message):
+            battery.attached(method).load_adapter(str(tmp_path), "second")
 
 
 def test_registry_needs_no_torch():

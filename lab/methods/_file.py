@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,20 @@ from lab.errors import LabError
 from lab.methods._layer import OwnLayer
 
 TOLERANCE = 0.02  # of a fingerprint's numbers, which are of order one; half precision keeps them to 0.001
+
+
+def check_readable(folder: Path) -> None:
+    """Raise LabError when the folder has an adapter file whose header does not parse or promises more than is there."""
+    from safetensors import SafetensorError, safe_open
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():  # another format, or a repository that is not here yet
+        return
+    try:
+        with safe_open(str(file), "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise LabError(f"{file} is damaged or incomplete: {error}.") from None
 
 
 def layers_of(model: Any, adapter: str) -> dict[str, OwnLayer]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +52,13 @@ class OwnConfig(PeftConfig):
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
         self.knobs()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's own. Raises LabError when the folder's adapter file is truncated or no safetensors file: PEFT reads the
+        configuration before the file, and would end in the file format's own error."""
+        _file.check_readable(Path(pretrained_model_name_or_path, subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def knobs(self) -> Any:
         """The method's settings, checked, with the adapter's seed."""
