@@ -44,7 +44,6 @@ def build(store: Store) -> gr.Blocks:
         for tab, item in zip(tabs, items, strict=True):
             with item:
                 tab.build(Page(demo, bar, store, opened, item))
-            item.select(None, None, None, js=f"() => window.lab.select('{tab.id}')")
 
         def land(request: gr.Request) -> gr.Tabs:
             asked = dict(request.query_params).get("tab")

@@ -29,6 +29,14 @@ const bytes = (n) => {
 const share = (x) => (x >= 0.1 ? `${(100 * x).toFixed(1)} %` : x >= 1e-6 ? `${(100 * x).toPrecision(2)} %` : `${(100 * x).toExponential(1)} %`);
 const times = (x) => (x === null || x === undefined ? "–" : x >= 100 ? `${Math.round(x).toLocaleString("en-US")}×` : `${x.toPrecision(3)}×`);
 
+/* A busy server or a network that blinks is asked again before the visitor is told. */
+async function asked(call) {
+  for (const pause of [300, 1500, 0]) {
+    try { return await call(); } catch { await new Promise((resolve) => setTimeout(resolve, pause)); }
+  }
+  return { error: "The page's server did not answer: check that it is running, then move a slider again." };
+}
+
 /* ---- one call at a time; the last state always wins ---- */
 let busy = false, waiting = false, moved = 0;
 async function update() {
@@ -37,13 +45,9 @@ async function update() {
   do {
     waiting = false;
     const sent = JSON.stringify(state), began = moved;
-    try {
-      const answer = await server.budget_report(JSON.parse(sent));
-      if (answer.error) fail(answer.error);
-      else apply(answer, began);
-    } catch (problem) {
-      fail("The page's server did not answer: check that it is running, then move a slider again.");
-    }
+    const answer = await asked(() => server.budget_report(JSON.parse(sent)));
+    if (answer.error) fail(answer.error);
+    else apply(answer, began);
   } while (waiting);
   busy = false;
 }
@@ -341,7 +345,7 @@ setUp();
 facts(); cards(); table(); charts();
 const query = Object.fromEntries(new URLSearchParams(location.search));
 if (query.tab === "budget" && (query.arch || query.m || query.budget)) {
-  server.budget_link(query).then((answer) => {
+  asked(() => server.budget_link(query)).then((answer) => {
     if (answer.error) { fail(answer.error); return; }
     state = answer.state; moved = performance.now(); update();
   });

@@ -39,8 +39,7 @@
   /* ---- address bar: each tab has its own parameters, the open tab's stand there ---- */
   const first = Object.fromEntries(new URLSearchParams(location.search));
   const kept = {};
-  let current = first.tab || "subject", landed = false;
-  for (const event of ["pointerdown", "keydown"]) addEventListener(event, () => { landed = true; }, { capture: true, once: true });
+  let current = first.tab || "subject", arrived = false;
   kept[current] = Object.fromEntries(Object.entries(first).filter(([k]) => k !== "tab" && !k.startsWith("__")));
   // An address that names a comparison opens on it: the setup is not flashed before.
   const opened = () => { delete document.documentElement.dataset.opening; };
@@ -50,18 +49,24 @@
     if (asked) query.set("__theme", asked);
     history.replaceState(null, "", `${location.pathname}?${query}`);
   };
+  // The address follows the panel that is shown. Gradio's own event comes late or for its default tab, and shows that
+  // one first: until the tab that the address asks for has been shown, or the visitor has gone to another, it stands.
+  const panel = () => [...document.querySelectorAll(".tabitem[id^='tab-']")].find((node) => node.offsetParent)?.id.slice(4);
+  const look = () => {
+    const tab = panel();
+    if (!tab || (tab !== current && !arrived)) return;
+    arrived = true;
+    if (tab !== current) { current = tab; write(); }
+  };
+  const turned = () => [50, 300, 1000, 3000].forEach((ms) => setTimeout(look, ms));
+  new MutationObserver(turned).observe(document.documentElement, { subtree: true, attributeFilter: ["aria-selected"] });
+  addEventListener("click", (event) => { if (event.target.closest?.("[role=tab], .overflow-dropdown")) { arrived = true; turned(); } }, { capture: true });
+  turned();
   const lab = (window.lab = {
     params(tab, values) {
       kept[tab] = Object.fromEntries(Object.entries(values).filter(([, v]) => v !== null && v !== undefined && v !== ""));
       if (tab === current) write();
       if (tab === "subject") opened();
-    },
-    select(tab) {
-      // Gradio also selects its default tab, before or after the one that the address asks for: until the visitor has
-      // done something, the address is right.
-      if (!landed && tab !== current) return;
-      current = tab;
-      write();
     },
     theme() {},
   });
