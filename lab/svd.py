@@ -45,6 +45,10 @@ def by_gram(weight: torch.Tensor, part: slice = ALL) -> Basis | None:
     WᵀW = V·Σ²·Vᵀ loses what lies below σ₁·10⁻⁸, far under float32's own 10⁻⁷: safe unless what is wanted is
     ill-conditioned. The other side is W·V/σ, in double precision too: rounded to single, the same numbers come out
     of every run, which single-precision products do not promise. None when it is not safe: the caller takes the SVD.
+
+    For most of the spectrum no faster way was found that is as exact. Seconds of one thread at 1280×1280: `eigh` in double
+    0.44, in single 0.23, single-precision SVD 0.48, a product of two such matrices in double 0.09. So the decomposition
+    alone takes the SVD's time, and one in single precision with the four products that refine it takes more.
     """
     m, n = weight.shape
     if m < n:
