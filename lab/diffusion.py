@@ -70,7 +70,10 @@ def encode_prompts(pipe: Pipeline, texts: Sequence[str]) -> dict[str, Prompt]:
     with at_work(pipe, *ENCODERS):
         for text in distinct or ["a"]:
             states, none, pooled, none_pooled = pipe.encode_prompt(
-                prompt=text, device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+                prompt=text,
+                device=pipe.unet.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance="" not in found,  # the empty prompt is the same for all
             )
             if not (torch.isfinite(states).all() and torch.isfinite(pooled).all()):
                 raise LabError(
@@ -78,7 +81,8 @@ def encode_prompts(pipe: Pipeline, texts: Sequence[str]) -> dict[str, Prompt]:
                     "or fp32, or lower the learning rate if the encoders are trained."
                 )
             found[text] = Prompt(states[0].float(), pooled[0].float())
-            found[""] = Prompt(none[0].float(), none_pooled[0].float())
+            if none is not None:
+                found[""] = Prompt(none[0].float(), none_pooled[0].float())
     return found
 
 

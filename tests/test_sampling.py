@@ -42,7 +42,7 @@ def test_batches_encode_each_prompt_once_and_count_their_steps(pipe: Any, monkey
     calls, told, real = [], [], type(pipe).encode_prompt
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs["prompt"])
+        calls.append((kwargs["prompt"], kwargs["do_classifier_free_guidance"]))
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(type(pipe), "encode_prompt", counted)
@@ -52,7 +52,8 @@ def test_batches_encode_each_prompt_once_and_count_their_steps(pipe: Any, monkey
         type(pipe.unet), "forward", lambda self, x, *a, **k: batches.append(len(x)) or forward(self, x, *a, **k)
     )
     draw(pipe, batch=3, on_step=lambda done, every: told.append((done, every)))
-    assert [texts for texts in calls if texts] == ["a fox", "a dog"]  # the pipeline is given embeddings, and no text
+    # The empty prompt once too; the pipeline is given embeddings, and no text.
+    assert [call for call in calls if call[0]] == [("a fox", True), ("a dog", False)]
     assert batches == [6, 6, 4, 4]  # with and without the prompt; two steps each
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
