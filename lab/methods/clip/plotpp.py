@@ -3,9 +3,10 @@
 N text prompts a class and M vision prompt sets give features g_{n,c} and f_m; with cost 1 − cos and uniform weights the
 Sinkhorn plan T_c (ε = 0.1, not differentiated) makes the logit τ·Σ_{m,n} T_{c,mn}·cos(f_m, g_{n,c}). The ViT version
 matches M whole-image features, each under vision prompts of its own (2 tokens behind the patches), where PLOT matched
-local features of a ResNet. Official code: M = N = 4, 4 context tokens from four templates of each dataset, SGD lr 2e-3,
-batch 32, 50 (1 shot), 100 (2, 4) or 200 (8, 16 shots) epochs of vision prompts alone, then as many of both, each with a
-cosine of its own.
+local features of a ResNet. Trained: N·4·d_text + M·2·d_vision numbers. Official code (github.com/CHENGY12/PLOT, commit
+7944bc1, plot-pp/trainers/plotpp.py, train.py and scripts/main_joint.sh, where the logit of averaged features is
+switched off): M = N = 4, 4 context tokens from four templates of each dataset, SGD lr 2e-3, batch 32, 50 (1 shot), 100
+(2, 4) or 200 (8, 16 shots) epochs of vision prompts alone, then as many of both, each with a cosine of its own.
 """
 
 from __future__ import annotations
