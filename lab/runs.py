@@ -388,6 +388,8 @@ def _owned(owner: Owner) -> tuple[bool, str]:
 
 
 def _title(task_id: str, spec: dict[str, Any], planned: list[PlannedRun]) -> str:
+    if named := getattr(TASKS[task_id], "title", None):
+        return named(spec)[:160]
     subject = spec.get("title") or spec.get("class_word") or TASKS[task_id].name
     methods = dict.fromkeys(run.method for run in planned if run.method != "base")
     return f"{str(subject)[:60]}: {', '.join(methods)}"[:160]

@@ -229,6 +229,25 @@ def test_results_are_shown_with_their_files(store, fox):
     assert plot.visible
 
 
+def test_a_job_has_no_grid_and_says_so(store, fox):
+    """Its pictures are on the page; `lab.compare` knows comparisons that train."""
+    from lab.ui import files
+
+    ref = sent(store, "ann", fox)
+    jobs = [
+        _xray_compress.submit(store, "ann", ref, "", ["nora"], 500, "a fox"),
+        _xray_merge.submit(store, "ann", ref, "", [sent(store, "ann", fox)], "", "ties", None, 0.5, "a fox"),
+    ]
+    store._table.write("UPDATE runs SET state = 'done', finished = 1")
+    for cid in jobs:
+        for kind in files.KINDS:
+            answer = files._answer(lambda cid=cid, kind=kind: files._made(store.comparison("ann", cid), kind))
+            assert answer.status_code == 404
+            assert b"no grid, table or report" in answer.body
+    assert store.comparison("ann", jobs[0]).title == "Compress adapter_model"
+    assert store.comparison("ann", jobs[1]).title == "Merge adapter_model + adapter_model (ties)"
+
+
 def test_weights_are_read_from_words():
     assert _xray_merge.numbers("0.5, 1;2") == [0.5, 1.0, 2.0]
     assert _xray_merge.numbers(" ") is None

@@ -135,6 +135,7 @@ def parts(spec: Mapping[str, Any], folder: Path) -> list[tuple[dict[str, Any], P
 class FewShot:
     id = "fewshot"
     name = "Few-shot"
+    compared = False  # its tables are made of the runs by the page
     imports = ("lab.tasks._fewshot_run", "open_clip", "peft")
 
     def check(self, spec: dict[str, Any]) -> dict[str, Any]:

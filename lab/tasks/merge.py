@@ -26,6 +26,11 @@ class Merge:
     tab = "xray"
     imports = ("lab.tasks._adapter_run", "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "peft")
 
+    compared = False  # what is seen and taken along is each run's; there is no grid, table or report of all
+
+    def title(self, spec: dict[str, Any]) -> str:
+        return f"{spec['title']} ({spec['how']})"
+
     def check(self, spec: dict[str, Any]) -> dict[str, Any]:
         """The spec with every default filled in. Raises LabError, one sentence, on the first bad value."""
         from lab.uploads import check_text

@@ -21,6 +21,7 @@ from gradio_client.utils import is_http_url_like
 from lab import compare
 from lab.errors import LabError
 from lab.runs import Comparison, Store
+from lab.tasks import TASKS
 from lab.ui.drafts import Drafts
 from lab.ui.examples import examples
 from lab.ui.owner import owner_of
@@ -94,6 +95,8 @@ def _made(comparison: Comparison, kind: str) -> Response:
     """The grid, table or report, made anew when a run has finished since."""
     if kind not in KINDS:
         raise LabError("There is no such file.")
+    if comparison.task in TASKS and not getattr(TASKS[comparison.task], "compared", True):
+        raise LabError("This job has no grid, table or report: take its runs' files along.")
     path = comparison.folder / KINDS[kind]
     newest = max((run.finished or 0.0 for run in comparison.runs if run.state == "done"), default=0.0)
     if newest and (not path.is_file() or path.stat().st_mtime < newest):
