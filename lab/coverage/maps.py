@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lab.coverage.bilinear import Bilinear, NolaPair, VeraPair
 from lab.methods.builtin_factors import Lokr
 from lab.methods.spec import Layer
 
@@ -26,12 +27,14 @@ Formula = Callable[[dict[str, Array]], Array]
 class UpdateMap:
     """θ (p,) → ΔW (d, d) of one layer. `formula` takes the trained tensors by name, each with a leading axis of
     updates, and gives (N, d, d); it must be analytic in them (no absolute values, no conjugates), so that the complex
-    step can differentiate it. `linear` says that ΔW is linear in θ."""
+    step can differentiate it. `linear` says that ΔW is linear in θ. `pair`, where there is one, has the same ΔW as a
+    function of the first `pair.x` trained numbers and of the others, linear in these."""
 
     d: int
     shapes: dict[str, tuple[int, ...]]
     formula: Formula
     linear: bool = False
+    pair: Bilinear | None = None
 
     @property
     def size(self) -> int:
@@ -153,7 +156,12 @@ def nola(d: int, knobs: Any, seed: int, bases: tuple[Array, Array, Array] | None
         )
     A, B, A0 = bases
     shapes = {"alpha": (knobs.k,), "beta": (knobs.l,)}
-    return UpdateMap(d, shapes, lambda t: (t["beta"] @ B).reshape(-1, d, r) @ (t["alpha"] @ A + A0).reshape(-1, r, d))
+    pair = NolaPair(A.reshape(-1, r, d), B.reshape(-1, d, r), A0.reshape(r, d))
+
+    def formula(t: dict[str, Array]) -> Array:
+        return (t["beta"] @ B).reshape(-1, d, r) @ (t["alpha"] @ A + A0).reshape(-1, r, d)
+
+    return UpdateMap(d, shapes, formula, pair=pair)
 
 
 def nola_started(d: int, knobs: Any, seed: int) -> UpdateMap:
@@ -187,11 +195,12 @@ def vera(d: int, knobs: Any, seed: int) -> UpdateMap:
     """diag(b)·B·diag(d)·A."""
     rng = generator(seed, "vera", d)
     B, A = rng.standard_normal((d, knobs.r)), rng.standard_normal((knobs.r, d))
-    shapes = {"b": (d,), "d": (knobs.r,)}
+    shapes: dict[str, tuple[int, ...]] = {"b": (d,), "d": (knobs.r,)}
+    pair = VeraPair(B, A)
     if knobs.r * d * d <= 1 << 21:  # one large product, over the r outer products of B's columns and A's rows
         products = np.einsum("mj,jn->jmn", B, A).reshape(knobs.r, d * d)
-        return UpdateMap(d, shapes, lambda t: t["b"][:, :, None] * (t["d"] @ products).reshape(-1, d, d))
-    return UpdateMap(d, shapes, lambda t: t["b"][:, :, None] * ((B * t["d"][:, None, :]) @ A))
+        return UpdateMap(d, shapes, lambda t: t["b"][:, :, None] * (t["d"] @ products).reshape(-1, d, d), pair=pair)
+    return UpdateMap(d, shapes, lambda t: t["b"][:, :, None] * ((B * t["d"][:, None, :]) @ A), pair=pair)
 
 
 def loha(d: int, knobs: Any, seed: int) -> UpdateMap:

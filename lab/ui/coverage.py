@@ -35,7 +35,7 @@ SAYS = {
     " n, and falls short of n where several settings of the numbers give one update.",
     "rank": "The matrix rank of one random update.",
     "error": "How near the method comes to {target}, as a share of its norm: exact by singular values or least squares where"
-    " that is possible, else the best of two descents (an upper bound).",
+    " that is possible, else the best of several descents (an upper bound).",
 }
 
 
