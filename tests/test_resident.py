@@ -118,6 +118,29 @@ def test_a_used_process_gives_what_a_new_one_gives(
     assert [p.read_bytes() for p in sheets[0]] == [p.read_bytes() for p in sheets[1]]
 
 
+def test_few_shot_runs_share_the_model(
+    store: Store, home: Path, local: Local, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.delenv("LAB_EXTRA_TASKS")
+    spec = {"dataset": "digits", "methods": {"full": {}, "lora": {}}, "shots": [1], "seeds": [1], "steps": 4}
+
+    def results() -> list[dict[str, bytes]]:
+        store.submit(ME, "fewshot", spec, [])
+        done = [end(home, local) for _ in spec["methods"]]
+        assert [code for _, code in done] == [0, 0]
+        return [{p.name: p.read_bytes() for p in f.glob("shots-1/**/*.safetensors")} for f, _ in done]
+
+    used = results()
+    local.rest()
+    monkeypatch.setenv("LAB_RESIDENT", "0")
+    assert [sorted(names) for names in used] == [
+        ["state.safetensors"],
+        ["adapter_model.safetensors", "state.safetensors"],
+    ]
+    assert results() == used
+    assert "resident: " not in capfd.readouterr().err
+
+
 # -- as safe as a process of its own ---------------------------------------------------------------------
 def test_one_process_does_them_all_and_each_has_its_own_log(store: Store, home: Path, local: Local) -> None:
     submit(store, methods={"lora": {"do": "error"}, "nora": {}, "dora": {"do": "refuse"}})

@@ -2,7 +2,8 @@
 
 The page never trains. A submitted run waits in the table (`table.py`); one worker process a device (`worker.py`)
 takes it and starts one training process for each attempt, `python -m lab.jobs.child RUN_ID`, where the backend
-says: on this machine (`local.py`) or on a Ray cluster (`ray.py`). The worker alone writes the table; the training
+says: on this machine (`local.py`, which keeps a process ready: `warm.py`, `resident.py`) or on a Ray cluster
+(`ray.py`). The worker alone writes the table; the training
 process reads one file (its orders) and writes files into its run's folder. So whatever is killed, the page, the
 worker or the training process, the run goes on from its last checkpoint.
 """

@@ -3,6 +3,7 @@
 Reads its orders (attempts/RUN_ID.json under LAB_HOME), calls `Task.run`, writes into the run's folder: progress.json
 (at most four times a second), result.json, and last outcome.json, how it ended. It never opens the table, so it may
 run on any machine that sees the folder. Whatever way it dies, its worker knows.
+Processes that are kept for several attempts call `attempt` themselves (warm.py, resident.py).
 
 LAB_EXTRA_TASKS names modules (between commas) that register further tasks: for whoever starts the lab, never for a
 visitor, because it runs code.

@@ -47,9 +47,7 @@ class Resident(Kept):
 
     def close(self) -> None:
         super().close()
-        processes.signal_group(
-            self.process.pid, signal.SIGKILL
-        )  # what an attempt left behind, had it ended in the middle
+        processes.signal_group(self.process.pid, signal.SIGKILL)  # what an attempt had started
 
 
 class ResidentAttempt(KeptAttempt):
@@ -78,10 +76,19 @@ def main() -> None:
         os.write(answers, f"end {code}\n".encode())
         if before.limits_changed():
             os._exit(child.CRASHED)
-        why = "memory ran out" if code == child.NO_MEMORY else before.restore()
-        if why:
+        if why := _not_fresh(before, code):
             print(f"resident: a new process: {why}", file=sys.stderr, flush=True)
             _again(orders, answers)
+
+
+def _not_fresh(before: Fresh, code: int) -> str:
+    """Make this process what it was before the attempt; "" when it is, else why it is not."""
+    if code == child.NO_MEMORY:
+        return "memory ran out"
+    try:
+        return before.restore()
+    except Exception as error:  # a GPU that went wrong tells it at the next call
+        return f"{type(error).__name__}: {error}"
 
 
 def _attempt(home: Path, run_id: str, parent: int) -> int:
