@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lab import budget
-from lab.coverage import fit, maps, measure
+from lab.coverage import fit, kept, maps, measure
 from lab.coverage.closed import Closed, closed_form
 from lab.errors import LabError
 from lab.methods import METHODS
@@ -24,6 +24,8 @@ MAX_LOCAL = (
 MAX_FIT = 512  # parameters up to which a nonlinear method is fitted to a target
 SHOWN = 200  # singular values kept for the spectrum plot
 KEPT = 4096
+LARGE_D = 32  # beyond it a point takes seconds and up to 0.4 GB: the page leaves them to the queue
+KEEP_S = 0.02  # what takes less is measured again sooner than it is read
 
 Record = dict[str, Any]
 
@@ -160,11 +162,9 @@ def point(
     `start` samples NOLA with the frozen A₀ of its authors' code. Measured once, then remembered. Raises LabError on an
     unknown method, and when the method does not fit such a layer or is no change of one weight.
     """
-    key = json.dumps([id, d, n, seed, sorted((given or {}).items()), start, target, spectra], default=str)
-    with _lock:
-        if key in _known:
-            _known.move_to_end(key)
-            return _known[key]
+    key = question(id, d, n, seed=seed, given=given, start=start, target=target, spectra=spectra)
+    if (known := remembered(id, key)) is not None:
+        return known
     began = time.perf_counter()
     record, knobs = base(METHODS[id], d, n, given, start=start)
     with maps.on_weight(fit.base_weight(target, d)):
@@ -172,6 +172,37 @@ def point(
         closed = closed_form(id, d, knobs, start=start)
         record |= _fitted(id, update, knobs, d, seed, target) if target else _measured(update, seed, closed, spectra)
     record["seconds"] = round(time.perf_counter() - began, 4)
+    if record["seconds"] >= KEEP_S or d > LARGE_D:
+        kept.write(key, id, record)
+    return _remember(key, record)
+
+
+def question(
+    id: str,
+    d: int,
+    n: int,
+    *,
+    seed: int = 0,
+    given: dict[str, Any] | None = None,
+    start: bool = False,
+    target: str = "",
+    spectra: bool = True,
+) -> str:
+    """What a point is asked, in full."""
+    return json.dumps([id, d, n, seed, sorted((given or {}).items()), start, target, spectra], default=str)
+
+
+def remembered(id: str, key: str) -> Record | None:
+    """The point of this question if it was measured before, in this process or another; None otherwise."""
+    with _lock:
+        if key in _known:
+            _known.move_to_end(key)
+            return _known[key]
+    found = kept.read(key, id)
+    return None if found is None else _remember(key, found)
+
+
+def _remember(key: str, record: Record) -> Record:
     with _lock:
         _known[key] = record
         while len(_known) > KEPT:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +29,6 @@ KEYS = {"coverage": ("coverage", "closed_form"), "local": ("local_dimension", "l
         "rank": ("update_rank", "update_rank_closed_form"), "error": ("error", "")}  # fmt: skip
 DEFAULT_METHODS = ("nola", "pranc", "nora", "lora", "lora-xs", "vera")
 MAX_METHODS = 12
-LARGE_D = 32  # beyond it a full span takes seconds and 0.4 GB: one point at a time, whoever asks
-_large = threading.Lock()
 PAINT_S = 0.5  # a figure is sent no more often while points come in
 
 
@@ -50,6 +47,10 @@ class View:
 
     def wanted(self) -> list[int]:
         return list(self.counts) or curves.automatic(self.d, self.share)
+
+    @property
+    def large(self) -> bool:
+        return self.d > curves.LARGE_D
 
     @property
     def kind(self) -> str:
@@ -144,9 +145,6 @@ def answers(asked: View) -> Iterator[Answer]:
             yield now(name)
         try:
             for record in _points(asked, id):
-                if record is None:  # somebody else's large layer is being measured
-                    yield now(f"{name}, after another visitor's")
-                    continue
                 points[id].append(record)
                 if time.monotonic() - last > 2 * PAINT_S:
                     last = time.monotonic()
@@ -170,37 +168,43 @@ def _line(asked: View, id: str) -> list[list[float]]:
     return [[r["trainable_parameters"], r[key]] for r in rows if r["trainable_parameters"] <= 1.5 * high]
 
 
-def _points(asked: View, id: str) -> Iterator[Record | None]:
-    """The method's points, each setting once, those far beyond the asked range left out but for its smallest. None again
-    and again while a large layer waits for its turn."""
-    counts = asked.wanted()
-    if apart.needed(id):
-        found: Any = apart.curve(id, asked.d, counts, seed=asked.seed, target=asked.target)
+def _points(asked: View, id: str) -> Iterator[Record]:
+    """The method's points, each setting once. Of large layers those that are known; the queue measures the others."""
+    if asked.large:
+        found: Any = (r for n in asked.wanted() if (r := curves.remembered(id, _question(asked, id, n))) is not None)
+    elif apart.needed(id):
+        found = apart.curve(id, asked.d, asked.wanted(), seed=asked.seed, target=asked.target)
     else:
-        options: Any = {"seed": asked.seed, "start": asked.start, "target": asked.target, "spectra": False}
-        found = _in_turn(asked.d, (lambda n=n: curves.curve(id, asked.d, [n], **options)[0] for n in counts))
+        found = (measured(asked, id, n) for n in asked.wanted())
     seen = set()
     for record in found:
-        if record is None:
-            yield None
-        elif record["trainable_parameters"] not in seen:
+        if record["trainable_parameters"] not in seen:
             seen.add(record["trainable_parameters"])
             yield record
 
 
-def _in_turn(d: int, measure: Iterable[Callable[[], Record]]) -> Iterator[Record | None]:
-    """Each measurement, large ones one at a time, whoever asks."""
-    for one in measure:
-        if d <= LARGE_D:
-            yield one()
-            continue
-        while not _large.acquire(timeout=2 * PAINT_S):
-            yield None
-        try:
-            record = one()
-        finally:
-            _large.release()
-        yield record
+def measured(asked: View, id: str, n: int) -> Record:
+    """One point of the view, in this process. Raises LabError."""
+    return curves.point(id, asked.d, n, **_options(asked, id))
+
+
+def missing(asked: View) -> list[tuple[str, int]]:
+    """(method, parameters) of the points of a large layer that nobody has measured yet."""
+    return [
+        (id, n)
+        for id in asked.methods
+        for n in asked.wanted()
+        if asked.large and curves.remembered(id, _question(asked, id, n)) is None
+    ]
+
+
+def _question(asked: View, id: str, n: int) -> str:
+    return curves.question(id, asked.d, n, **_options(asked, id))
+
+
+def _options(asked: View, id: str) -> dict[str, Any]:
+    own = apart.needed(id)  # those have spectra always, and a start of their own
+    return {"seed": asked.seed, "start": asked.start and not own, "target": asked.target, "spectra": own}
 
 
 def _drawn(asked: View, id: str, line: list[list[float]], rows: list[Record]) -> Record:
@@ -234,7 +238,12 @@ def words(record: Record) -> str:
 
 
 def spectrum(asked: View, id: str, n: int) -> Record:
-    """The point with its spectra. Raises LabError."""
+    """The point with its spectra (a large layer's as the queue measured it: a span that was proved to be everything has
+    none). Raises LabError."""
+    if asked.large:
+        if (found := curves.remembered(id, _question(asked, id, n))) is None:
+            raise LabError("This point is not measured yet.")
+        return found
     if apart.needed(id):
         rows = apart.curve(id, asked.d, asked.wanted(), seed=asked.seed)
         return next((r for r in rows if r["trainable_parameters"] == n or r["params"] == n), rows[0])

@@ -118,7 +118,9 @@ def name(method: str, found: Comparison) -> str:
 def job_html(found: Comparison, done: list[tuple[Run, dict[str, Any]]]) -> str:
     parts = [f'<div class="headline"><h3>{e(found.spec.get("title", found.title))}</h3>{pill(found.state)}</div>']
     if any(run.state != "done" for run in found.runs):
-        parts.append(f'<table class="data queue"><tbody>{"".join(map(_queued, _named(found)))}</tbody></table>')
+        parts.append(
+            f'<table class="data queue"><tbody>{"".join(queued(*pair) for pair in _named(found))}</tbody></table>'
+        )
     if done:
         parts.append(_table(found, done))
     if found.spec.get("prompts") and any(run.state == "done" for run in found.runs):
@@ -130,8 +132,9 @@ def _named(found: Comparison) -> list[tuple[Run, str]]:
     return [(run, name(run.method, found)) for run in found.runs]
 
 
-def _queued(pair: tuple[Run, str]) -> str:
-    run, title = pair
+def queued(run: Run, title: str = "") -> str:
+    """A table's row of a run that is not done: how far it is, and what can be done about it."""
+    title = title or (METHODS[run.method].name if run.method in METHODS else run.method)
     return (
         f'<tr data-run="{e(run.id)}" data-state="{e(run.state)}"><td class="name">{dot(run.method)}{e(title)}</td>'
         f'<td>{pill(run.state)}</td><td class="bar">{rendering.progress(run)}<small>{e(rendering.now(run)[:200])}</small></td>'

@@ -1,7 +1,8 @@
 """The Coverage tab: which updates a method reaches, NOLA's Figure 2 for any method.
 
 The handlers wrap lab/coverage/report.py. Equations are measured in the page's process with NumPy, in a fraction of a second
-a curve; other methods by a short-lived process that imports torch, one at a time, with what is there already shown.
+a curve; other methods by a short-lived process that imports torch, one at a time, with what is there already shown. Beyond
+d = 32 a button sends what nobody has measured yet to the queue (`_coverage_queue`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from lab.errors import LabError
 from lab.methods import METHODS
 from lab.plots import PLOTS
 from lab.ui import Page, Tab
-from lab.ui.html import dot, e, error, static
+from lab.ui import _coverage_queue as queue
+from lab.ui.html import dot, e, error, sentences, static, view
 from lab.ui.owner import owner_of
 
 SCALES = {  # how the base's weight stands to the target: NoRA and DoRA depend on it
@@ -51,6 +53,8 @@ def build(page: Page) -> None:
             )  # fmt: skip
             plot = gr.Plot(show_label=False, container=False, elem_id="coverage-plot")
             said = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="coverage-said")
+            measure = gr.Button("Measure", visible=False, size="sm", elem_id="coverage-measure")
+            job = view(apply_default_css=False, elem_id="coverage-job")
             table = gr.HTML(apply_default_css=False, js_on_load=static("coverage.js"), elem_id="coverage-table")
     controls = {name: {**controls, "show": show}[name] for name in NAMES}
     with gr.Row(equal_height=False):
@@ -59,7 +63,7 @@ def build(page: Page) -> None:
             which = gr.Dropdown([], label="Point", elem_id="coverage-point", filterable=True)
         with gr.Column(scale=8, min_width=320):
             spectrum = gr.Plot(show_label=False, container=False, elem_id="coverage-spectrum")
-    _wire(page, controls, plot, said, table, which, spectrum)
+    _wire(page, controls, [plot, said, table, which], [measure, job, gr.Timer(queue.TICK_S, active=False)], spectrum)
 
 
 def _controls() -> dict[str, Any]:
@@ -99,10 +103,10 @@ def _about_spectra() -> str:
     )
 
 
-def _wire(page: Page, controls: dict[str, Any], plot: Any, said: Any, table: Any, which: Any, spectrum: Any) -> None:
-    inputs = list(controls.values())
+def _wire(page: Page, controls: dict[str, Any], shows: list[Any], queued: list[Any], spectrum: Any) -> None:
+    inputs, which = list(controls.values()), shows[3]
     link, shown = gr.JSON(visible=False), gr.State(False)
-    views = [plot, said, table, which, link]
+    views = [*shows, link]
 
     def draw(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         owner_of(request)
@@ -128,15 +132,42 @@ def _wire(page: Page, controls: dict[str, Any], plot: Any, said: Any, table: Any
         controls["upto"].release,
         *(event for k in ("n", "seed") for event in (controls[k].submit, controls[k].blur)),
     ]
-    to_address = "(link) => { if (link) window.lab.params('coverage', link); }"
-    again = gr.on(changed, draw, inputs, views, trigger_mode="always_last", concurrency_limit=2, **QUIET)
-    again.then(None, link, None, js=to_address)
+    store, (measure, job, timer) = page.store, queued
+
+    def told(request: gr.Request, *values: Any) -> tuple[Any, str, Any]:
+        return queue.shown(store, owner_of(request), dict(zip(NAMES, values, strict=True)))
+
+    def drawing(event: Any) -> None:
+        """What follows a drawing: the address, and what the queue has to do with it."""
+        to_address = "(link) => { if (link) window.lab.params('coverage', link); }"
+        event.then(None, link, None, js=to_address).then(sentences(told), inputs, queued, **QUIET)
+
+    drawing(gr.on(changed, draw, inputs, views, trigger_mode="always_last", concurrency_limit=2, **QUIET))
     opened = page.tab.select if page.tab else page.demo.load
-    opened(first, [shown, *inputs], [*views, shown], concurrency_limit=2, **QUIET).then(None, link, None, js=to_address)
+    drawing(opened(first, [shown, *inputs], [*views, shown], concurrency_limit=2, **QUIET))
     which.change(behind, [which, *inputs], spectrum, trigger_mode="always_last", **QUIET)
-    page.demo.load(land, None, [*inputs, shown], **QUIET).then(
-        landed_draw(draw), inputs, views, concurrency_limit=2, **QUIET
-    ).then(None, link, None, js=to_address)
+    landing = page.demo.load(land, None, [*inputs, shown], **QUIET)
+    drawing(landing.then(landed_draw(draw), inputs, views, concurrency_limit=2, **QUIET))
+
+    def begin(request: gr.Request, *values: Any) -> tuple[Any, str, Any]:
+        queue.submit(store, owner_of(request), report.view(dict(zip(NAMES, values, strict=True))))
+        return told(request, *values)
+
+    def acted(request: gr.Request, event: gr.EventData) -> Any:
+        said = event._data or {}
+        queue.act(store, owner_of(request), said.get("do"), str(said.get("id") or ""))
+        return gr.Timer(active=True)
+
+    def elsewhere(request: gr.Request, cid: str | None) -> list[Any]:
+        link = queue.link_of(store, owner_of(request), cid)
+        return [*landed({"tab": "coverage", **link}), cid] if link else [gr.skip()] * (len(NAMES) + 2)
+
+    measure.click(sentences(begin), inputs, queued, **QUIET)
+    job.click(sentences(acted), None, timer, **QUIET)
+    timer.tick(draw, inputs, views, concurrency_limit=2, **QUIET).then(sentences(told), inputs, queued, **QUIET)
+    from_list = gr.State(None)
+    page.opened.change(elsewhere, page.opened, [*inputs, shown, from_list], **QUIET)
+    drawing(from_list.change(draw, inputs, views, concurrency_limit=2, **QUIET))
 
 
 def landed_draw(draw: Any) -> Any:

@@ -56,3 +56,25 @@ def test_a_link_a_change_and_the_files(page_address: str, tmp_path: Path) -> Non
         assert (209, 80, 143) in {colour for _, colour in colours}  # PRANC's points are in the picture
         page.locator("#coverage-spectrum .legendtext").first.wait_for()
         assert not wrong
+
+
+def test_a_large_layer_is_measured_by_the_queue(page_address: str) -> None:
+    with browser() as chrome:
+        page: Any = chrome.new_context(viewport={"width": 390, "height": 844}).new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        wrong: list[str] = []
+        page.on("pageerror", lambda problem: wrong.append(str(problem)))
+        page.goto(f"{page_address}?tab=coverage&d=40&m=pranc,nora&n=16,64")
+        page.locator("#coverage-measure", has_text="Measure 4 points").click()
+        page.locator("#coverage-job tr[data-run]").first.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.locator("#coverage-table summary", has_text="All 4 points").wait_for()
+        page.locator("#coverage-job tr[data-run]").first.wait_for(state="detached")
+        assert not page.locator("#coverage-measure").is_visible()
+
+        # The link shows the points at once, to anybody.
+        other = chrome.new_context().new_page()
+        other.goto(page.url)
+        other.locator("#coverage-table summary", has_text="All 4 points").wait_for(timeout=PATIENCE_MS)
+        assert other.locator("#coverage-job tr[data-run]").count() == 0
+        assert not wrong
