@@ -61,12 +61,12 @@ def _table(config: dict[str, Any]) -> dict[str, Any]:
     return {**head, **rest, "fields": layer_tables.FIELDS, "layers": layer_tables.pack(rows)}
 
 
-def limit_memory() -> None:
-    """This process may take MEMORY_BYTES, where the system knows such a limit."""
+def limit_memory(most: int = MEMORY_BYTES) -> None:
+    """This process may take this many bytes, where the system knows such a limit."""
     try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     except (ImportError, ValueError, OSError):
         return  # no such limit on this system: the time limit of the parent holds alone
 

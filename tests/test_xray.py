@@ -23,7 +23,7 @@ from lab.methods.deltas import Delta
 from lab.plots import PLOTS
 from lab.runs import Store
 from lab.ui import _xray_html, xray
-from lab.xray import apart, measure, report
+from lab.xray import apart, child, measure, report
 from lab.xray.places import order, place, rank_of
 
 NAMES = [f"down_blocks.1.attentions.0.transformer_blocks.0.{p}" for p in ("attn1.to_q", "attn2.to_k", "ff.net.2")]
@@ -296,6 +296,48 @@ def test_apart_says_what_is_wrong(tmp_path):
         list(apart.analyse(apart.Source(tmp_path / "n.safetensors", "mine")))
     with pytest.raises(LabError, match="not there any more"):
         list(apart.analyse(apart.Source(tmp_path / "gone.safetensors", "gone")))
+
+
+def test_a_child_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    import subprocess
+
+    started, popen = [], subprocess.Popen
+
+    def watched(*args, **options):
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", watched)
+    monkeypatch.setattr(apart, "SECONDS", 0.3)  # importing torch alone takes longer
+    source = apart.Source(adapter(tmp_path / "slow.safetensors"), "slow")
+    with pytest.raises(LabError, match=r"more than 0\.3 s"):
+        list(apart.analyse(source))
+    assert started[0].returncode == -9
+
+
+def test_a_child_may_take_no_more_memory_than_it_is_given(tmp_path, monkeypatch):
+    """The same file: with 64 MiB there is a sentence, with the usual limit an answer. Torch is imported under the limit."""
+    source = apart.Source(adapter(tmp_path / "wide.safetensors"), "wide")
+    monkeypatch.setattr(apart, "MEMORY_BYTES", 64 << 20)
+    with pytest.raises(LabError, match="memory"):
+        list(apart.analyse(source))
+    monkeypatch.undo()
+    assert list(apart.analyse(source))[-1].result is not None
+
+
+@pytest.mark.parametrize("make", ["numpy.ones(1 << 28)", "torch.ones(1 << 28, dtype=torch.float64)"])
+def test_memory_beyond_the_limit_is_told_as_such(make):
+    """2 GiB asked for under a limit of 1 GiB, in the child's own frame."""
+    import subprocess
+    import sys
+
+    code = (
+        "import io, json, sys, numpy, torch; from lab.xray import child;"
+        f"child._answer = lambda *_: {make} is None;"
+        "sys.stdin = io.StringIO(json.dumps({'memory': 1 << 30})); child.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout.splitlines()[-1]) == {"error": child.TOO_MUCH}
 
 
 # -- the page's handlers ---------------------------------------------------------------------------------------------

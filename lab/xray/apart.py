@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from lab.errors import LabError
 
-SECONDS = 600  # one request may take
+SECONDS = 600.0  # one request may take
+MEMORY_BYTES = 12 << 30  # and its process
 AGAINST_BASE_S = 60.0  # of it for the base's singular directions
 KEPT = 24  # results in memory, a few MB each at most
 _known: OrderedDict[str, dict[str, Any]] = OrderedDict()
@@ -63,13 +64,13 @@ def _asked(what: str, sources: Sequence[Source]) -> Iterator[Step]:
         found = _known.get(key)
     if found is None:
         files = [{"path": str(s.path), "name": s.name, "base": s.base} for s in sources]
-        for step in _run({"what": what, "files": files, "seconds": AGAINST_BASE_S}):
+        for step in _run({"what": what, "files": files, "seconds": AGAINST_BASE_S, "memory": MEMORY_BYTES}):
             if step.result is None:
                 yield step
             else:
                 found = step.result
         if found is None:
-            raise LabError("The X-ray ended without an answer: the adapter needs more memory or time than is given.")
+            raise LabError("The X-ray ended without an answer: the adapter needs more memory than is given.")
         with _lock:
             _known[key] = found
             while len(_known) > KEPT:
@@ -85,7 +86,8 @@ def _run(request: dict[str, Any]) -> Iterator[Step]:
         [sys.executable, "-m", "lab.xray.child"],
         cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    clock = threading.Timer(SECONDS, child.kill)
+    late = threading.Event()
+    clock = threading.Timer(SECONDS, lambda: (late.set(), child.kill()))
     clock.start()
     try:
         assert child.stdin is not None
@@ -100,6 +102,8 @@ def _run(request: dict[str, Any]) -> Iterator[Step]:
                 yield Step(0, 0, "", said["result"])
                 return  # without waiting for the child to tidy up
             yield Step(*said["at"])
+        if late.is_set():
+            raise LabError(f"The X-ray took more than {SECONDS:g} s: the adapter is too large for it.")
     finally:
         clock.cancel()
         child.kill()

@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lab.architecture_child import limit_memory
+from lab.architecture_child import MEMORY_BYTES, limit_memory
 
 TELL_S = 0.2
+TOO_MUCH = "The adapter needs more memory than this machine gives to one visitor."
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     out = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints is no answer
-    limit_memory()
+    limit_memory(request.get("memory", MEMORY_BYTES))
 
     def say(line: dict[str, Any]) -> None:
         with os.fdopen(os.dup(out), "w", encoding="utf-8") as pipe:
@@ -38,7 +39,11 @@ def main() -> None:
     except LabError as error:
         say({"error": str(error)})
     except MemoryError:
-        say({"error": "The adapter needs more memory than this machine gives to one visitor."})
+        say({"error": TOO_MUCH})
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # torch's way of saying it
+            raise
+        say({"error": TOO_MUCH})
 
 
 def _answer(request: dict[str, Any], say: Any) -> dict[str, Any]:
