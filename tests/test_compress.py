@@ -261,6 +261,18 @@ def test_nola_ends_where_no_direction_leads_further_down(basis, tmp_path):
     assert found["relative_error"] < 1
 
 
+@pytest.mark.parametrize("basis", ["uniform", "hadamard"])
+def test_nolas_two_ways_end_near_each_other(basis, tmp_path, monkeypatch):
+    """Newton's method of small layers, and the alternation of large ones on the same layers."""
+    from lab.compress import nola
+
+    given = {"r": 2, "k": 30, "l": 40, "basis": basis}
+    newton = compress(net(), updates(), "nola", None, tmp_path / "newton", given=given)["relative_error"]
+    monkeypatch.setattr(nola, "DIRECT", 0)
+    turns = compress(net(), updates(), "nola", None, tmp_path / "turns", given=given)["relative_error"]
+    assert newton <= 1.01 * turns
+
+
 # -- what does not fit ------------------------------------------------------------------------------------------
 def nan_update():
     return {"block.to_q": Delta(lambda: torch.full((32, 24), float("nan")), lambda: None)}

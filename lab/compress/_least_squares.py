@@ -19,7 +19,7 @@ Map = Callable[[torch.Tensor], torch.Tensor]
 class Affine:
     """x (size,) → f(x) = constant + linear(x), with the transpose of the linear part by a backward pass through one graph."""
 
-    rows: torch.Tensor | None = None
+    rows: torch.Tensor = torch.empty(0)  # of `of_rows` alone
 
     def __init__(self, f: Map, size: int) -> None:
         self.size = size
@@ -51,20 +51,20 @@ class Affine:
         made._back = lambda g: self._back(backward(g))
         return made
 
-    def written_out(self) -> Affine:
-        """The same in double precision with its linear part as a matrix: for small ones, of which many products are taken."""
-        rows = torch.stack([self.linear(row) for row in torch.eye(self.size)]).double()  # (size, …)
-        made = object.__new__(Affine)
-        made.size, made.constant, made.rows = self.size, self.constant.double(), rows
-        made._f = lambda x: made.constant + torch.tensordot(x.double(), rows, 1)
-        made._back = lambda g: rows.flatten(1) @ g.double().flatten()
+    @classmethod
+    def of_rows(cls, constant: torch.Tensor, rows: torch.Tensor) -> Affine:
+        """constant + Σ xᵢ·rowsᵢ in double precision, the linear part (size, …) at hand: for small ones, of which many
+        products are taken."""
+        made = object.__new__(cls)
+        made.size, made.constant, made.rows = len(rows), constant.double(), rows.double()
+        made._f = lambda x: made.constant + torch.tensordot(x.double(), made.rows, 1)
+        made._back = lambda g: made.rows.flatten(1) @ g.double().flatten()
         return made
 
 
 def solve_directly(f: Affine, forward: Map, goal: torch.Tensor) -> torch.Tensor:
     """x of smallest ‖forward(f(x)) − goal‖ for a linear `forward` that takes leading axes; of smallest norm where there
     are many (complete orthogonal factorisation)."""
-    assert f.rows is not None
     left = (goal - forward(f.constant)).flatten()
     return torch.linalg.lstsq(forward(f.rows).flatten(1).T, left[:, None]).solution[:, 0]
 

@@ -1,4 +1,4 @@
-"""NOLA: ΔW = (c/r)·B(β)·A(α) with A affine in α and B linear in β: alternating least squares."""
+"""NOLA: ΔW = (c/r)·B(β)·A(α) with A affine in α and B linear in β: least squares in each for the other."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ if TYPE_CHECKING:
 RANKS = (1, 2, 4, 8, 16, 32)  # tried within a budget: r costs no parameters
 PROBED = 4  # layers, those of the largest updates, on which the ranks are compared
 ROUNDS, STEPS = 60, 12  # of alternation, and of conjugate gradients in each half, which begin where the last ones ended
-DIRECT = 1 << 27  # coefficients squared times entries, of a half, up to which it is solved directly
+DIRECT = 1 << 27  # coefficients squared times entries, of a half, up to which the bases are written out
 SETTLED = 5e-4  # the alternation ends when a round takes off less than this share of the squared error
+SETTLED_NEWTON = 5e-4  # and the descent when a step takes off less than this share of the error
 
 
 class NolaFit(Fit):
-    """With α fixed, β is a linear least-squares problem, and the other way round; each half is solved on r columns
-    instead of n: with Aᵀ = QR, ‖B·A − ΔW‖ and ‖B·Rᵀ − ΔW·Q‖
-    differ by a constant.
+    """With α fixed, β is a linear least-squares problem, and the other way round. Small layers are fitted by Newton's
+    method on what is left when β is at its best (`lab.coverage.bilinear`); large ones by alternation, each half solved on
+    r columns instead of n: with Aᵀ = QR, ‖B·A − ΔW‖ and ‖B·Rᵀ − ΔW·Q‖ differ by a constant.
 
     It starts at the α whose A lies nearest to the r leading right singular vectors of ΔW, i.e. of smallest
-    ‖(A₀ + A(α))(I − VVᵀ)‖: linear too, and exact when ΔW is an update of this very NOLA. The alternation never increases
-    the error and ends near a minimum, which need not be the least.
+    ‖(A₀ + A(α))(I − VVᵀ)‖: linear too, and exact when ΔW is an update of this very NOLA. Neither way ever increases
+    the error; both end near a minimum, which need not be the least.
     """
 
     id, order = "nola", 3
-    how = "alternating least squares in α and β, each half linear"
+    how = "least squares in α and β, linear in each: Newton's method, large layers by turns"
 
     def knobs(self, given: Mapping[str, Any]) -> Any:
         knobs = super().knobs(given)
@@ -80,8 +81,8 @@ class NolaFit(Fit):
 
 
 class _Problem:
-    """One layer's two halves, through the method's own code: its bases written out where they are small, each half then
-    solved directly, in double precision; else products with them, and conjugate gradients."""
+    """One layer's two halves, through the method's own code: its bases written out where they are small, in double
+    precision; else products with them, and conjugate gradients."""
 
     def __init__(self, method: Any, layer: Any, knobs: Any, X: Matrix) -> None:
         import torch
@@ -97,7 +98,10 @@ class _Problem:
         self.A, self.B = part("alpha", 1), part("beta", 0)
         self.direct = max(f.size**2 * f.constant.numel() for f in (self.A, self.B)) <= DIRECT
         if self.direct:
-            self.A, self.B = self.A.written_out(), self.B.written_out()
+            _, _, maps, A0 = method.parts(zeros, knobs, layer)
+            A, B = _rows(maps, knobs.k, knobs.l)
+            self.A = Affine.of_rows(A0, A.view(knobs.k, *self.A.constant.shape))
+            self.B = Affine.of_rows(self.B.constant, B.view(knobs.l, *self.B.constant.shape))
 
     def aligned(self) -> torch.Tensor:
         """α with the rows of A nearest to the span of the r leading right singular vectors."""
@@ -109,6 +113,8 @@ class _Problem:
         return self._least(self.A, outside, outside, Q.new_zeros(()), None, passes=3)
 
     def descend(self, alpha: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
+        if self.direct:
+            return self._newton(alpha)
         beta, last, error = None, float("inf"), self.whole
         for _ in range(ROUNDS):
             beta = self._beta(alpha, beta)
@@ -118,6 +124,17 @@ class _Problem:
             last = error
         assert beta is not None
         return error, alpha, beta
+
+    def _newton(self, alpha: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
+        import torch
+
+        from lab.coverage import bilinear
+
+        scale = self.whole**0.5
+        pair = bilinear.NolaPair(self.A.rows.numpy(), self.B.rows.numpy(), self.A.constant.numpy())
+        goal = (self.X.full() / scale).numpy()
+        found = bilinear.descend(pair, goal, alpha.double().numpy(), ROUNDS, SETTLED_NEWTON)
+        return self.whole * found.norm**2, torch.from_numpy(found.x), torch.from_numpy(found.y * scale)
 
     def _least(
         self, f: Affine, forward: Any, backward: Any, goal: torch.Tensor, start: torch.Tensor | None, passes: int = 1
@@ -147,6 +164,18 @@ class _Problem:
         made = R @ self.A(alpha).double()
         lost = max(0.0, self.whole - float(inside.square().sum()))
         return alpha, float((made - inside).square().sum()) + lost
+
+
+def _rows(maps: Any, k: int, l: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both bases, (k, r·n) and (l, m·r), a vector of each at a time."""
+    import torch
+
+    both = []
+    for i in range(max(k, l)):
+        c, d = torch.zeros(k), torch.zeros(l)
+        c[i : i + 1], d[i : i + 1] = 1, 1
+        both.append(maps.forward(c, d))
+    return torch.stack([a.flatten() for a, _ in both[:k]]), torch.stack([b.flatten() for _, b in both[:l]])
 
 
 register(NolaFit())

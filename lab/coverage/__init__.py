@@ -10,6 +10,7 @@ Four measures of the set of reachable updates {ΔW(θ)} of a method with given s
 The methods compared most have their equation as a NumPy map here (`maps`), because a page that is asked for a plot must
 answer at once: importing torch and PEFT takes seconds on a free machine and half a minute on a busy one, and a curve
 takes a tenth of a second. Every other row is measured on its own code (`_torch_maps`), in a process of its own.
+Beyond d = 32 the page leaves them to the queue (lab/tasks/coverage.py). Points that took long are kept on the disk (`kept`).
 Tests hold the maps against the methods' code. Settings for n parameters come from the row's own solver.
 """
 

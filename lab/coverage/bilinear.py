@@ -44,7 +44,7 @@ class Bilinear(Protocol):
 
 @dataclass(frozen=True)
 class NolaPair:
-    """B(β)·(A₀ + A(α)): x = α, y = β. As (k, r, d), Bs (l, d, r), A0 (r, d)."""
+    """B(β)·(A₀ + A(α)): x = α, y = β. As (k, r, n), Bs (l, m, r), A0 (r, n), for ΔW (m, n)."""
 
     As: Array
     Bs: Array
@@ -60,16 +60,24 @@ class NolaPair:
     def delta(self, x: Array, y: Array) -> Array:
         return np.tensordot(y, self.Bs, 1) @ self._a(x)
 
+    @cached_property
+    def _turned(self) -> Array:
+        """Bⱼᵀ, flat (l, r·m): products with all Aᵢ at once come out in this order."""
+        return np.ascontiguousarray(self.Bs.transpose(0, 2, 1)).reshape(len(self.Bs), -1)
+
     def normal(self, x: Array, goal: Array) -> tuple[Array, Array]:
-        A, flat = self._a(x), self.Bs.reshape(len(self.Bs), -1)
-        return (self.Bs @ (A @ A.T)).reshape(flat.shape) @ flat.T, flat @ (goal @ A.T).ravel()
+        A, flat, r = self._a(x), self.Bs.reshape(len(self.Bs), -1), self.A0.shape[0]
+        return (self.Bs.reshape(-1, r) @ (A @ A.T)).reshape(flat.shape) @ flat.T, flat @ (goal @ A.T).ravel()
 
     def slope(self, x: Array, y: Array, left: Array) -> tuple[Array, Array, Array, Array]:
         A, B = self._a(x), np.tensordot(y, self.Bs, 1)
-        a, b = self.As.reshape(len(self.As), -1), self.Bs.reshape(len(self.Bs), -1)
-        across = (B @ (self.As @ A.T)).reshape(len(a), -1)  # ⟨BⱼA, BAᵢ⟩ = ⟨Bⱼ, B·AᵢAᵀ⟩
-        bent = (left @ self.As.transpose(0, 2, 1)).reshape(len(a), -1)  # ⟨BⱼAᵢ, R⟩ = ⟨Bⱼ, R·Aᵢᵀ⟩
-        return a @ (B.T @ left).ravel(), ((B.T @ B) @ self.As).reshape(a.shape) @ a.T, b @ across.T, b @ bent.T
+        k, r, n = self.As.shape
+        a, rows = self.As.reshape(k, -1), self.As.reshape(-1, n)
+        inner = (rows @ A.T).reshape(k, r, r).transpose(0, 2, 1).reshape(-1, r)  # (AᵢAᵀ)ᵀ, stacked
+        across = (inner @ B.T).reshape(k, -1)  # ⟨BⱼA, BAᵢ⟩ = ⟨Bⱼ, B·AᵢAᵀ⟩
+        bent = (rows @ left.T).reshape(k, -1)  # ⟨BⱼAᵢ, R⟩ = ⟨Bⱼ, R·Aᵢᵀ⟩
+        outer = ((B.T @ B) @ self.As).reshape(a.shape) @ a.T
+        return a @ (B.T @ left).ravel(), outer, self._turned @ across.T, self._turned @ bent.T
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,16 @@ class VeraPair:
         return (rows * left).sum(1), np.diag((rows * rows).sum(1)), across, bent
 
 
-def descend(pair: Bilinear, goal: Array, x: Array, steps: int = STEPS) -> float:
-    """‖goal − ΔW‖ at the end of a descent from x: a minimum, which need not be the least."""
+class Found(NamedTuple):
+    """Where a descent ended, and ‖goal − ΔW‖ there."""
+
+    x: Array
+    y: Array
+    norm: float
+
+
+def descend(pair: Bilinear, goal: Array, x: Array, steps: int = STEPS, settled: float = SETTLED) -> Found:
+    """A minimum of ‖goal − ΔW‖ downhill from x, which need not be the least."""
     at, damping = _inner(pair, x, goal), 1e-3
     for _ in range(steps):
         slope, outer, across, bent = pair.slope(x, at.y, at.left)
@@ -119,9 +135,9 @@ def descend(pair: Bilinear, goal: Array, x: Array, steps: int = STEPS) -> float:
                     x, at, found, damping = x - step, tried, True, max(damping / 5, 1e-12)
                     break
             damping *= 4
-        if not found or before - at.norm <= SETTLED * before or at.norm < 1e-10:
+        if not found or before - at.norm <= settled * before or at.norm < 1e-10:
             break
-    return at.norm
+    return Found(x, at.y, at.norm)
 
 
 class _Inner(NamedTuple):

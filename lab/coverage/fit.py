@@ -111,7 +111,9 @@ def separable(update: UpdateMap, goal: Array, seed: int, starts: int | None = No
     assert update.pair is not None
     many = starts or many_starts(update.size)
     drawn = (update.draw(generator(seed, "fit", i, update.d, update.size), 1)[0] for i in range(many))
-    return min(bilinear.descend(update.pair, goal, x[: update.pair.x]) for x in drawn) / float(np.linalg.norm(goal))
+    return min(bilinear.descend(update.pair, goal, x[: update.pair.x]).norm for x in drawn) / float(
+        np.linalg.norm(goal)
+    )
 
 
 def nonlinear(update: UpdateMap, goal: Array, seed: int, steps: int = STEPS, starts: int = STARTS) -> float:
