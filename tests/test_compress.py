@@ -266,11 +266,11 @@ def test_nolas_two_ways_end_near_each_other(basis, tmp_path, monkeypatch):
     """Newton's method of small layers, and the alternation of large ones on the same layers."""
     from lab.compress import nola
 
-    given = {"r": 2, "k": 30, "l": 40, "basis": basis}
+    given = {"r": 2, "k": 20, "l": 30, "basis": basis}
     newton = compress(net(), updates(), "nola", None, tmp_path / "newton", given=given)["relative_error"]
     monkeypatch.setattr(nola, "DIRECT", 0)
     turns = compress(net(), updates(), "nola", None, tmp_path / "turns", given=given)["relative_error"]
-    assert newton <= 1.01 * turns
+    assert newton <= 1.005 * turns
 
 
 # -- what does not fit ------------------------------------------------------------------------------------------

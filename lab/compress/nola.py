@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 RANKS = (1, 2, 4, 8, 16, 32)  # tried within a budget: r costs no parameters
 PROBED = 4  # layers, those of the largest updates, on which the ranks are compared
 ROUNDS, STEPS = 60, 12  # of alternation, and of conjugate gradients in each half, which begin where the last ones ended
+FIRST = 2  # rounds before Newton's steps, which from far off may leave the valley that they start in
 DIRECT = 1 << 27  # coefficients squared times entries, of a half, up to which the bases are written out
 SETTLED = 5e-4  # the alternation ends when a round takes off less than this share of the squared error
 SETTLED_NEWTON = 5e-4  # and the descent when a step takes off less than this share of the error
@@ -113,17 +114,15 @@ class _Problem:
         return self._least(self.A, outside, outside, Q.new_zeros(()), None, passes=3)
 
     def descend(self, alpha: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
-        if self.direct:
-            return self._newton(alpha)
         beta, last, error = None, float("inf"), self.whole
-        for _ in range(ROUNDS):
+        for _ in range(FIRST if self.direct else ROUNDS):
             beta = self._beta(alpha, beta)
             alpha, error = self._alpha(alpha, beta)
             if not error < (1 - SETTLED) * last or error <= 1e-13 * self.whole:
                 break
             last = error
         assert beta is not None
-        return error, alpha, beta
+        return self._newton(alpha) if self.direct else (error, alpha, beta)
 
     def _newton(self, alpha: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
         import torch
