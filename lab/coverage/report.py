@@ -140,13 +140,13 @@ def answers(asked: View) -> Iterator[Answer]:
     order, many = sorted(asked.methods, key=apart.needed), len(asked.wanted())
     for id in order:
         name = METHODS[id].name
-        if time.monotonic() - last > PAINT_S or apart.needed(id):
+        if not asked.large and (time.monotonic() - last > PAINT_S or apart.needed(id)):
             last = time.monotonic()
             yield now(name)
         try:
             for record in _points(asked, id):
                 points[id].append(record)
-                if time.monotonic() - last > 2 * PAINT_S:
+                if not asked.large and time.monotonic() - last > 2 * PAINT_S:
                     last = time.monotonic()
                     yield now(f"{name}, {len(points[id])} of {many} points")
         except LabError as problem:

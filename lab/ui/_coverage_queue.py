@@ -51,7 +51,7 @@ def shown(store: Store, owner: str, values: dict[str, Any]) -> tuple[Any, str, A
     left = len(report.missing(asked))
     found = job(store, owner, asked) if asked.large and left else None
     if found is None:
-        return gr.Button(f"Measure {left} points", visible=left > 0), "", gr.Timer(active=False)
+        return gr.Button(f"Measure {left} point{'s' * (left != 1)}", visible=left > 0), "", gr.Timer(active=False)
     going = any(not run.over for run in found.runs)
     rows = "".join(queued(run) for run in found.runs if run.state != "done")
     return gr.Button("Measure again", visible=not going), _html(rows, left), gr.Timer(active=going)
@@ -59,7 +59,7 @@ def shown(store: Store, owner: str, values: dict[str, Any]) -> tuple[Any, str, A
 
 def _html(rows: str, left: int) -> str:
     table = f'<table class="data queue"><tbody>{rows}</tbody></table>' if rows else ""
-    return f'<div class="lab coverage-job"><p>{left} points to go.</p>{table}</div>'
+    return f'<div class="lab coverage-job"><p>{left} point{"s" * (left != 1)} to go.</p>{table}</div>'
 
 
 def link_of(store: Store, owner: str, cid: str | None) -> dict[str, str]:
