@@ -63,7 +63,9 @@ def build(page: Page) -> Results:
             "the five likeliest classes by each method on the chosen run's dataset, with the most shots and the first seed",
         )
         with gr.Row(equal_height=False):
-            own = gr.Image(type="filepath", label="Picture", height=220, sources=["upload", "clipboard"], scale=1)
+            own = gr.Image(
+                type="filepath", label="Picture", height=220, sources=["upload", "clipboard"], elem_id="fs-own"
+            )
             with gr.Column(scale=3):
                 answers = plain("fs-answers")
     all_shown = [whole, which, queue, curves, scores, written, shots, parameters, one, timer, seen]
@@ -153,11 +155,17 @@ def refresh(store: Store, owner: str, cid: str | None, before: str, picked: str 
         gr.Column(visible=True),
         gr.skip() if same else gr.Dropdown(choices, value=cid),
         html.queue(found.runs),
-        PLOTS["fewshot-validation"].draw(curves(found)) if going or not same else gr.skip(),
+        _validation(found, going) if going or not same else gr.skip(),
         *fresh,
         gr.Timer(active=going),
         now,
     ]
+
+
+def _validation(comparison: Comparison, going: bool) -> gr.Plot:
+    """The curves' chart; nothing once all is over and no method had a curve to draw."""
+    lines = curves(comparison)
+    return gr.Plot(PLOTS["fewshot-validation"].draw(lines), visible=going or bool(lines))
 
 
 def curves(comparison: Comparison) -> list[Record]:

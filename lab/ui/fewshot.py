@@ -43,6 +43,7 @@ class Form:
     controls: dict[str, Any]
     upload: gr.File
     skip: gr.Checkbox
+    told: gr.HTML
     shown: gr.HTML
     everything: gr.Button
     run: gr.Button
@@ -64,6 +65,8 @@ def _form() -> Form:
             made["dataset"] = gr.Dropdown(here, value=EMBEDDED, label="Dataset", elem_id="fs-dataset")
             upload = gr.File(label="Your own: a zip", file_types=[".zip"], height=120, elem_id="fs-upload")
             gr.HTML(FOLDER, js_on_load=static("fewshot.js"), apply_default_css=False)
+            told = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="fs-told")
+            skip = gr.Checkbox(False, label="Leave out pictures that cannot be read")
             made["also"] = gr.Dropdown(
                 here,
                 value=[],
@@ -72,7 +75,6 @@ def _form() -> Form:
                 info="A column of the table for each, and their average.",
                 elem_id="fs-also",
             )
-            skip = gr.Checkbox(False, label="Leave out pictures that cannot be read")
             with gr.Accordion("Class names and template", open=False):
                 made["classes"] = gr.Textbox(
                     "\n".join(class_names(EMBEDDED)),
@@ -80,12 +82,14 @@ def _form() -> Form:
                     info="One a line, in this order; the model reads them.",
                     lines=6,
                     max_lines=14,
+                    elem_id="fs-names",
                 )
                 made["template"] = gr.Textbox(
                     datasets.resolve(EMBEDDED).template,
                     label="Template",
                     info="{} stands for the class.",
                     max_length=200,
+                    elem_id="fs-template",
                 )
         with gr.Column(scale=7, min_width=320):
             shown = view(html.classes(EMBEDDED), apply_default_css=False, elem_id="fs-classes")
@@ -109,14 +113,18 @@ def _form() -> Form:
     with gr.Row():
         run = gr.Button("Run", variant="primary", size="lg", elem_id="fs-run", scale=0, min_width=160)
         notice = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="fs-notice")
-    return Form({name: made[name] for name in NAMES}, upload, skip, shown, everything, run, notice)
+    return Form({name: made[name] for name in NAMES}, upload, skip, told, shown, everything, run, notice)
 
 
 def _protocol() -> dict[str, Any]:
     made: dict[str, Any] = {}
     with gr.Row():
-        made["shots"] = gr.CheckboxGroup([(str(k), k) for k in fewshot.SHOTS], value=[4, 16], label="Shots a class")
-        made["seeds"] = gr.Textbox("1, 2, 3", label="Seeds", info="Each method runs once per seed.", max_length=200)
+        made["shots"] = gr.CheckboxGroup(
+            [(str(k), k) for k in fewshot.SHOTS], value=[4, 16], label="Shots a class", elem_id="fs-k"
+        )
+        made["seeds"] = gr.Textbox(
+            "1, 2, 3", label="Seeds", info="Each method runs once per seed.", max_length=200, elem_id="fs-seeds"
+        )
         made["base"] = gr.Dropdown(
             [(b.name, b.id) for b in bases.rows()],
             value="tiny-clip",
@@ -168,10 +176,11 @@ def _wire(page: Page, form: Form, results: Results) -> None:
         return cid, ""
 
     look = [form.shown, of["classes"], of["template"]]
-    form.upload.change(
+    gr.on(  # giving consent tries the same pictures again
+        [form.upload.change, form.skip.input],
         sentences(uploaded),
         [form.upload, form.skip],
-        [of["dataset"], of["also"], *look, form.notice],
+        [of["dataset"], of["also"], *look, form.told],
         api_visibility="private",
         show_progress_on=form.upload,
     )
