@@ -65,8 +65,9 @@ positions and backgrounds are new, the emoji are those of training.
 AdamW, warm-up, constant rate, cosine fall over the last third; averaged weights; bf16 autocast; clipping at 1. CLIP:
 batch 192, rate 8e-4; captions matched with all fitting pictures, every picture compared with the names of all concepts.
 VAE: batch 24 to 32, rate 8e-4; absolute, squared and slope error, KL 1e-4; decoder with a perceptual term from the
-CLIP tower's first two layers. UNet: AdamW, batch 64, rate 4e-4 for 7,450 steps, then
-Muon, batch 80, rate 3e-4 falling to 0, with plain prompts meaning the 3d style alone; v-prediction, zero terminal
+CLIP tower's first two layers. UNet: AdamW, batch 64, rate 4e-4 for 7,450 steps; Muon, with
+plain prompts meaning the 3d style alone, batch 80, rate 3e-4 falling to 0 for 900, then batch 128, rate 5e-4 falling to
+0, on scenes whose subject moves by 3 % of the side (6 % before) and is never mirrored; v-prediction, zero terminal
 SNR, 10 % empty prompts. Tokenizer: CLIP's first 8,000 merges, vocabulary 8,514, context 32.
 Sampling: Euler, trailing, 20 steps (as scored) or 25, guidance 5.
 

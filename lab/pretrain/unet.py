@@ -162,10 +162,8 @@ class Step:
         given = (torch.rand(n, generator=g) >= EMPTY).float().to(device())
         hidden, pooled = hidden * given[:, None, None], pooled * given[:, None]
         latents, noise = self.bank.latents[i].to(device()), torch.randn(self.bank.latents[i].shape, generator=g)
-        # One time in each of n equal intervals: the same spread every step, a steadier gradient.
-        time = (
-            ((torch.arange(n) + torch.rand(n, generator=g)) / n * 1000).long().clamp(max=999).to(device())
-        )  # in fp32 the last may round to 1000
+        # One time in each of n equal intervals: the same spread every step, a steadier gradient. fp32 may round to 1000.
+        time = ((torch.arange(n) + torch.rand(n, generator=g)) / n * 1000).long().clamp(max=999).to(device())
         signal = self.kept[time].sqrt()[:, None, None, None]
         spread = (1 - self.kept[time]).sqrt()[:, None, None, None]
         noise = noise.to(device())
