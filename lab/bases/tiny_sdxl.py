@@ -19,10 +19,10 @@ register(
         licence="Apache-2.0; trained on Noto Emoji (Apache-2.0), Twemoji (CC-BY 4.0) and Fluent Emoji (MIT)",
         presets={
             "subject": {
-                "steps": 150,
+                "steps": 200,
                 "batch": 4,
                 "sampling_steps": 25,
-                "guidance": 5.0,
+                "guidance": 3.5,
                 "checkpoint_every": 50,
                 "preview_every": 25,
                 "prompts": [
@@ -32,7 +32,7 @@ register(
                     "a {subject} under the sea",
                 ],
             },
-            "learning_rates": {"lora": 1e-3, "nora": 5e-3},
+            "learning_rates": {"lora": 2e-3, "nora": 3e-3},
             "knobs": {"lora": {"r": 4}, "nora": {"r_outer": 0.5, "r_inner": 4}},
         },
         order=10,

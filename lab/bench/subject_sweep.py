@@ -129,7 +129,7 @@ def _silent(*_: Any, **__: Any) -> None:
 
 # -- presets -------------------------------------------------------------------------------------------
 def presets(base: str, subjects: Sequence[str], methods: Sequence[str], out: Path | None) -> list[dict[str, Any]]:
-    """The default comparison on each subject; the rows of its runs. Grids go to `out/<subject>`."""
+    """The default comparison on each subject; the rows of its runs. Grids go to `out/<weights>/<subject>`."""
     from lab import compare, comparison
 
     sheet, asked = _Sheet(HERE / "subject_presets.csv", fingerprint(base)), []
@@ -151,7 +151,7 @@ def presets(base: str, subjects: Sequence[str], methods: Sequence[str], out: Pat
         if all(sheet.find(key) for key in wanted):
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            folder = (out or Path(scratch)) / subject
+            folder = (out or Path(scratch)) / sheet.weights / subject  # other weights' runs are not to be resumed
             spec = comparison.start(folder, "subject", spec, pictures)
             runs = comparison.run_all(folder, "subject", spec, partial(_told, subject))
             compare.write_report(folder, spec, runs)
