@@ -11,7 +11,7 @@ GOALS = {
     "naming": "pictures whose concept the CLIP tower picks from all {n}",
     "naming_top5": "… among its first five",
     "naming_real": "the same for real held-out scenes",
-    "naming_real_through_vae": "… and for these once through the VAE, which no UNet can surpass",
+    "naming_real_through_vae": "… and for these once through the VAE: what it lets through",
     "naming_of_real": "share of the real scenes' share (goal 0.80)",
     "place": "pictures whose place it picks from all {p} (goal 0.95)",
     "place_real": "the same for real held-out scenes",
@@ -89,7 +89,9 @@ def _scores(numbers: dict) -> str:
     rows = ["| | this |" + (" the start |" if before else ""), "|---|---|" + ("---|" if before else "")]
     for key, text in GOALS.items():
         cells = [text.format(n=len(CONCEPTS), p=len(PLACES)), f"{numbers[key]:.3f}"]
-        rows.append("| " + " | ".join(cells + ([f"{before[key]:.3f}"] if before else [])) + " |")
+        rows.append(
+            "| " + " | ".join(cells + ([f"{before[key]:.3f}" if key in before else "–"] if before else [])) + " |"
+        )
     notes = (
         [
             '"The start": the weights this lab began with. Both bases\' pictures are judged by this CLIP tower, on the '
