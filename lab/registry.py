@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from lab.errors import LabError
@@ -29,6 +29,13 @@ def unknown(noun: str, given: str, known: list[str]) -> LabError:
     near = difflib.get_close_matches(given.lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}."
     return LabError(f"Unknown {noun} '{given}': {hint}")
+
+
+def check_names(noun: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raises LabError on the first name that does not exist, with the nearest ones that do."""
+    for name in given:
+        if name not in known:
+            raise unknown(noun, name, list(known))
 
 
 class Registry(Generic[T]):

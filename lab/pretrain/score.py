@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from lab.pretrain import card, clip, vae
 from lab.pretrain.common import autocast, device, generator
-from lab.pretrain.concepts import CONCEPTS, PLACES, prompt
+from lab.pretrain.concepts import CONCEPTS, PLACES, STYLES, prompt
 from lab.pretrain.scenes import STEADY, compose
 from lab.pretrain.sprites import Sprites
+from lab.pretrain.unet import PLAIN_STYLE
 
 SEEDS = (0,)  # one picture of each concept: the share is good to about 0.03
 STEPS, GUIDANCE, BATCH = 20, 3.5, 73
@@ -126,7 +127,7 @@ def _diversity(pipe, judge: Judge, sprites: Sprites) -> dict[str, float]:
     texts = [prompt(CONCEPTS[c], PLACES[p]) for c, p in zip(concepts, places, strict=True) for _ in range(group)]
     drawn = generate(pipe, texts, list(range(10, 10 + group)) * len(concepts))
     g = generator(9)
-    plain = sprites.nameable[sprites.style[sprites.nameable] == 0]  # what a plain prompt means, see unet.PLAIN_STYLE
+    plain = sprites.nameable[sprites.style[sprites.nameable] == STYLES.index(PLAIN_STYLE)]
     rows = torch.cat([plain[sprites.concept[plain] == c][:1] for c in concepts]).repeat_interleave(group)
     real = compose(sprites, rows, places.repeat_interleave(group), g, **STEADY)
     return {"diversity": judge.spread(drawn, group), "diversity_real": judge.spread(real, group)}
@@ -141,13 +142,6 @@ def _real(sprites: Sprites, concept: torch.Tensor, place: torch.Tensor) -> torch
     return compose(sprites, rows, place, g)
 
 
-@torch.no_grad()
-def _through(autoencoder, pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures encoded and decoded: what a UNet without a fault could show."""
-    parts = [autoencoder.decode(autoencoder.encode(x).latent_dist.mean).sample for x in pictures.to(device()).split(64)]
-    return torch.cat(parts).cpu()
-
-
 def score(folder: Path, sprites: Sprites, judge_folder: Path | None = None) -> tuple[dict[str, float], torch.Tensor]:
     """All numbers of an assembled folder, and the scored pictures."""
     pipe, judge = load_pipeline(folder), Judge(judge_folder or folder)
@@ -157,7 +151,7 @@ def score(folder: Path, sprites: Sprites, judge_folder: Path | None = None) -> t
     numbers = judge.named(pictures, concept, place)
     real = _real(sprites, concept, place)
     numbers |= {f"{k}_real": v for k, v in judge.named(real, concept, place).items()}
-    numbers["naming_real_through_vae"] = judge.named(_through(pipe.vae, real), concept, place)["naming"]
+    numbers["naming_real_through_vae"] = judge.named(vae.reconstructed(pipe.vae, real), concept, place)["naming"]
     numbers["naming_of_real"] = numbers["naming"] / max(1e-9, numbers["naming_real"])
     numbers |= _diversity(pipe, judge, sprites)
     numbers["vae_psnr_db"] = vae.psnr(pipe.vae, vae.held_out_scenes(sprites))

@@ -102,12 +102,17 @@ def perception() -> Perception | None:
 
 
 @torch.no_grad()
+def reconstructed(vae: Any, scenes: torch.Tensor) -> torch.Tensor:
+    """Scenes encoded and decoded: what a UNet without a fault could show. Both (n, 3, side, side), on the processor."""
+    parts = [vae.decode(vae.encode(x.to(device())).latent_dist.mean).sample.float().cpu() for x in scenes.split(64)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
 def psnr(vae: Any, scenes: torch.Tensor) -> float:
     """Mean over scenes of the peak signal-to-noise ratio in dB."""
     with autocast():
-        out = torch.cat(
-            [vae.decode(vae.encode(x.to(device())).latent_dist.mean).sample.float().cpu() for x in scenes.split(64)]
-        )
+        out = reconstructed(vae, scenes)
     error = ((out.clamp(-1, 1) - scenes) / 2).square().mean((1, 2, 3))
     return float((-10 * error.log10()).mean())
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lab import budget as budgets
 from lab.errors import LabError
-from lab.registry import unknown
+from lab.registry import check_names
 from lab.tasks import PlannedRun, Report, _adapters, register
 
 DEFAULTS: dict[str, Any] = {**_adapters.DEFAULTS, "name": "", "methods": {"nora": {}, "lora": {}}, "budget": 20_000}
@@ -32,9 +32,7 @@ class Compress:
         from lab.compress import FITS
         from lab.uploads import check_text
 
-        for name in spec:
-            if name not in DEFAULTS:
-                raise unknown("setting", name, list(DEFAULTS))
+        check_names("setting", spec, DEFAULTS)
         full = DEFAULTS | {k: v for k, v in spec.items() if v is not None}
         full["name"] = check_text("name", full["name"] or "adapter", 120)
         if full["budget"] is not None:

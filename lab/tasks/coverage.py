@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.errors import LabError
-from lab.registry import unknown
+from lab.registry import check_names
 from lab.tasks import PlannedRun, Report, register
 
 DEFAULTS: dict[str, Any] = {"view": {}, "title": None, "class_word": None, "pictures": None}
@@ -27,9 +27,7 @@ class Coverage:
         """The spec with every default filled in. Raises LabError, one sentence, on the first bad value."""
         from lab.coverage import report
 
-        for name in spec:
-            if name not in DEFAULTS:
-                raise unknown("setting", name, list(DEFAULTS))
+        check_names("setting", spec, DEFAULTS)
         if not isinstance(spec.get("view"), dict):
             raise LabError("A coverage job names its view: d, methods, counts.")
         asked = report.view(spec["view"])

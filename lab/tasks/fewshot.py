@@ -19,7 +19,7 @@ from lab.clip.method import BRIEFLY, ClipMethod, Recipe
 from lab.errors import LabError
 from lab.methods import METHODS, Method
 from lab.methods.clip import CLIP_METHODS
-from lab.registry import unknown
+from lab.registry import check_names, unknown
 from lab.targets import roles
 from lab.tasks import PlannedRun, Report, register
 from lab.uploads import check_text
@@ -140,9 +140,7 @@ class FewShot:
 
     def check(self, spec: dict[str, Any]) -> dict[str, Any]:
         """The spec with every default filled in. Raises LabError, one sentence, on the first bad value."""
-        for key in spec:
-            if key not in DEFAULTS:
-                raise unknown("setting", key, list(DEFAULTS))
+        check_names("setting", spec, DEFAULTS)
         full = DEFAULTS | {k: v for k, v in spec.items() if v is not None}
         base = resolve(check_text("base", full["base"], 500))
         full["base"] = base.id

@@ -7,7 +7,7 @@ from typing import Any
 
 from lab import merge as merging
 from lab.errors import LabError
-from lab.registry import unknown
+from lab.registry import check_names
 from lab.tasks import PlannedRun, Report, _adapters, register
 
 DEFAULTS: dict[str, Any] = {
@@ -35,9 +35,7 @@ class Merge:
         """The spec with every default filled in. Raises LabError, one sentence, on the first bad value."""
         from lab.uploads import check_text
 
-        for name in spec:
-            if name not in DEFAULTS:
-                raise unknown("setting", name, list(DEFAULTS))
+        check_names("setting", spec, DEFAULTS)
         full = DEFAULTS | {k: v for k, v in spec.items() if v is not None}
         if not isinstance(full["names"], list | tuple):
             raise LabError("The adapters must be a list of names.")

@@ -16,7 +16,7 @@ from lab import columns
 from lab.bases import BASES, Base, resolve
 from lab.errors import LabError
 from lab.methods import METHODS, Layer, Method
-from lab.registry import unknown
+from lab.registry import check_names, unknown
 from lab.targets import roles
 from lab.tasks import PlannedRun, Report, register
 
@@ -83,9 +83,7 @@ class Subject:
 
     def check(self, spec: dict[str, Any]) -> dict[str, Any]:
         """The spec with every default filled in. Raises LabError, one sentence, on the first bad value."""
-        for name in spec:
-            if name not in DEFAULTS:
-                raise unknown("setting", name, list(DEFAULTS))
+        check_names("setting", spec, DEFAULTS)
         given = {name: value for name, value in spec.items() if value is not None}
         base = resolve(_text("base", given.get("base", DEFAULTS["base"]), 500))
         if base.family != "sdxl":

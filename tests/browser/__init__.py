@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from lab.jobs import processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +34,15 @@ def chromium() -> str | None:
     """The browser to drive: LAB_CHROMIUM, or the first that is installed."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     return os.environ.get("LAB_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+
+
+def marks(timeout_s: int) -> list[pytest.MarkDecorator]:
+    """What every module of browser tests is marked with."""
+    return [
+        pytest.mark.browser,
+        pytest.mark.timeout(timeout_s),
+        pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (set LAB_CHROMIUM to its path)"),
+    ]
 
 
 @contextmanager

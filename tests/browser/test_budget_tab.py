@@ -7,25 +7,15 @@ from typing import Any
 
 import pytest
 
-from tests.browser import browser, chromium, server
+from tests.browser import browser, marks
 
 PATIENCE_MS = 60_000
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.timeout(400),
-    pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (set LAB_CHROMIUM to its path)"),
-]
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with server(tmp_path_factory.mktemp("home")) as found:
-        yield found
+pytestmark = marks(400)
 
 
 @pytest.fixture
-def visit(address: str) -> Iterator[Any]:
+def visit(page_address: str) -> Iterator[Any]:
     """A function that opens an address of the tab; script errors fail the test."""
     with browser() as chrome:
         wrong: list[str] = []
@@ -34,7 +24,7 @@ def visit(address: str) -> Iterator[Any]:
             page = chrome.new_page(viewport={"width": width, "height": 1000})
             page.set_default_timeout(PATIENCE_MS)
             page.on("pageerror", lambda problem: wrong.append(str(problem)))
-            page.goto(f"{address}/?tab=budget{query}")
+            page.goto(f"{page_address}/?tab=budget{query}")
             page.locator(".results tbody tr").first.wait_for()
             return page
 

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.browser import browser, chromium, server
+from tests.browser import browser, marks
 
 PATIENCE_MS = 90_000
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.timeout(400),
-    pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (set LAB_CHROMIUM to its path)"),
-]
-
-
-@pytest.fixture(scope="module")
-def page_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with server(tmp_path_factory.mktemp("home")) as address:
-        yield address
+pytestmark = marks(400)
 
 
 def test_a_link_a_change_and_the_files(page_address: str, tmp_path: Path) -> None:

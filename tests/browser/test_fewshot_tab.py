@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.browser import browser, chromium, server
+from tests.browser import browser, marks
 
 PATIENCE_MS = 120_000
 RUNNING_S = 300
 SHAPES = ("ellipse", "rectangle", "regular_polygon")
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (set LAB_CHROMIUM to its path)"),
-]
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with server(tmp_path_factory.mktemp("home")) as found:
-        yield found
+pytestmark = marks(600)
 
 
 def draw(shape: str, number: int) -> Image.Image:
@@ -50,13 +39,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "shapes"
 
 
-def test_from_a_folder_to_the_table(address: str, folder: Path, tmp_path: Path) -> None:
+def test_from_a_folder_to_the_table(page_address: str, folder: Path, tmp_path: Path) -> None:
     with browser() as chrome:
         page: Any = chrome.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True).new_page()
         page.set_default_timeout(PATIENCE_MS)
         wrong: list[str] = []
         page.on("pageerror", lambda problem: wrong.append(str(problem)))
-        page.goto(f"{address}?tab=fewshot")
+        page.goto(f"{page_address}?tab=fewshot")
         upload(page, folder)
         choose(page)
         page.locator("#fs-run").click()

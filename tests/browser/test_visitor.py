@@ -13,22 +13,12 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.browser import browser, chromium, server
+from tests.browser import browser, marks
 
 PATIENCE_MS = 60_000
 TRAINING_S = 420  # two runs of three steps take a minute on a free machine of two cores
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (set LAB_CHROMIUM to its path)"),
-]
-
-
-@pytest.fixture(scope="module")
-def page_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with server(tmp_path_factory.mktemp("home")) as address:
-        yield address
+pytestmark = marks(600)
 
 
 @pytest.fixture(scope="module")

@@ -5,30 +5,18 @@ from __future__ import annotations
 
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from safetensors.torch import load_file
 
-from tests.browser import browser, chromium, server
+from tests.browser import browser, marks
 from tests.browser.test_xray_tab import NAMES, adapter
 
 PATIENCE_MS = 180_000
 JOB_S = 420  # four runs with pictures take half a minute on a free machine of two cores
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (set LAB_CHROMIUM to its path)"),
-]
-
-
-@pytest.fixture(scope="module")
-def page_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with server(tmp_path_factory.mktemp("home")) as address:
-        yield address
+pytestmark = marks(1200)
 
 
 def send(page: Any, path: str) -> None:

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import save_file
 
 from lab.base_weights import weights
-from tests.browser import browser, chromium, server
+from tests.browser import browser, marks
 
 PATIENCE_MS = 180_000
 NAMES = [f"down_blocks.1.attentions.0.transformer_blocks.0.attn{i}.to_{p}" for i in (1, 2) for p in "qkv"]
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (set LAB_CHROMIUM to its path)"),
-]
-
-
-@pytest.fixture(scope="module")
-def page_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with server(tmp_path_factory.mktemp("home")) as address:
-        yield address
+pytestmark = marks(600)
 
 
 def adapter(path: Path, seed: int) -> str:
