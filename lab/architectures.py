@@ -357,9 +357,13 @@ def from_hub(repo: str) -> Architecture:
 
 
 def resolve(name: str) -> Architecture:
-    """What a command line names: a shipped id, a path to a config.json or to a table of shapes, or a model of the
-    Hub as owner/model. Raises LabError when it is none of them."""
+    """What a command line names: a shipped id, a path to a config.json, to a table of shapes or to a single-file SDXL
+    checkpoint, or a model of the Hub as owner/model. Raises LabError when it is none of them."""
     path = Path(name)
+    if path.suffix == ".safetensors" and path.is_file():
+        from lab import single_file
+
+        return single_file.architecture(path)
     if path.suffix in (".json", ".txt", ".csv", ".tsv") and path.is_file():
         if path.stat().st_size > MAX_BYTES:
             raise LabError(

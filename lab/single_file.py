@@ -6,25 +6,25 @@ and tokenizers, is taken from `assets/sdxl` and from open_clip's own vocabulary,
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lab import sgm_unet
 from lab.errors import LabError
+
+if TYPE_CHECKING:
+    from lab.architectures import Architecture
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "assets" / "sdxl"
 UNET = "model.diffusion_model."
 TEXT = ("conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model.")
 VAE = "first_stage_model."
-# Depths of the transformers in SDXL's UNet by its blocks' places in the file.
-DEPTHS = {
-    "input_blocks.4.1": 2, "input_blocks.5.1": 2, "input_blocks.7.1": 10, "input_blocks.8.1": 10, "middle_block.1": 10,
-    **{f"output_blocks.{i}.1": 10 for i in (0, 1, 2)}, **{f"output_blocks.{i}.1": 2 for i in (3, 4, 5)},
-}  # fmt: skip
 # Playground v2.5 (Li et al., arXiv 2402.17245): EDM's schedule and preconditioning, and latents of its own statistics.
 PLAYGROUND = {
     "scheduler/scheduler_config.json": {
@@ -53,13 +53,14 @@ class Checkpoint:
     """What a single file holds, from its header alone.
 
     prediction: "epsilon" or "v_prediction"; zero_snr: its noise schedule ends in pure noise; edm: Playground v2.5's
-    formulation; has_vae: whether a VAE is in it
+    formulation; has_vae: whether a VAE is in it; depths: of its UNet's transformers, which a prune has shortened
     """
 
     prediction: str
     zero_snr: bool
     edm: bool
     has_vae: bool
+    depths: sgm_unet.Depths = sgm_unet.SDXL
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -71,10 +72,11 @@ def read(path: str | Path) -> Checkpoint:
     for part, prefix in (("UNet", UNET), ("first text encoder", TEXT[0]), ("second text encoder", TEXT[1])):
         if not any(key.startswith(prefix) for key in shapes):
             raise LabError(f"{name} holds no {part}: give a whole Stable Diffusion XL checkpoint.")
-    if _depths(shapes) != DEPTHS:
-        raise LabError(
-            f"{name} is a Stable Diffusion XL with blocks left out (SSD-1B is one): give its diffusers folder or Hub id."
-        )
+    try:
+        depths = sgm_unet.depths(key.removeprefix(UNET) for key in shapes if key.startswith(UNET))
+        sgm_unet.configuration(depths)
+    except LabError as error:
+        raise LabError(f"{name} is no Stable Diffusion XL that the lab can load from one file: {error}.") from None
     velocity = "v_pred" in shapes or metadata.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction")
     edm = "edm_mean" in shapes or "edm_vpred.sigma_max" in shapes
     return Checkpoint(
@@ -82,7 +84,28 @@ def read(path: str | Path) -> Checkpoint:
         velocity and "ztsnr" in shapes,
         edm,
         any(key.startswith(VAE) for key in shapes),
+        depths,
     )
+
+
+def architecture(path: str | Path) -> Architecture:
+    """The UNet's layers: the shipped table where there is one, else laid out anew, which takes seconds.
+
+    Raises LabError as `read` does.
+    """
+    stat = Path(path).stat()
+    return _architecture(Path(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _architecture(path: Path, size: int, changed: int) -> Architecture:
+    from lab import architectures
+
+    depths = read(path).depths
+    if depths in sgm_unet.SHIPPED:
+        return architectures.load(sgm_unet.SHIPPED[depths])
+    config = json.loads((CONFIGURATION / "unet" / "config.json").read_text())
+    return architectures.from_config(json.dumps(config | sgm_unet.configuration(depths)), path.name)
 
 
 def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -114,20 +137,11 @@ def _instead(shapes: dict[str, tuple[int, ...]]) -> str | None:
     if "conditioner.embedders.0.model.positional_embedding" in shapes:
         return "Stable Diffusion XL's refiner"
     first = shapes.get(f"{UNET}input_blocks.0.0.weight")
-    if first is not None and first[1] != 4:
+    if first is not None and len(first) == 4 and first[1] != 4:
         return "an inpainting checkpoint" if first[1] == 9 else f"a checkpoint whose UNet takes {first[1]} channels"
     if any(key.startswith("decoder.up.") for key in shapes):
         return "a VAE alone"
     return None
-
-
-def _depths(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    found: dict[str, set[str]] = {}
-    for key in shapes:
-        if key.startswith(UNET) and ".transformer_blocks." in key:
-            block, _, rest = key.removeprefix(UNET).partition(".transformer_blocks.")
-            found.setdefault(block, set()).add(rest.partition(".")[0])
-    return {block: len(numbers) for block, numbers in found.items()}
 
 
 # -- the configuration ---------------------------------------------------------------------------------
@@ -135,6 +149,7 @@ def write_configuration(checkpoint: Checkpoint, folder: Path) -> Path:
     """A diffusers folder without weights for this file: configurations, and the tokenizers' vocabulary."""
     shutil.copytree(CONFIGURATION, folder, dirs_exist_ok=True)
     changes: dict[str, dict[str, Any]] = dict(PLAYGROUND) if checkpoint.edm else {}
+    changes["unet/config.json"] = sgm_unet.configuration(checkpoint.depths)
     if checkpoint.prediction != "epsilon":
         changes["scheduler/scheduler_config.json"] = {
             "prediction_type": checkpoint.prediction,

@@ -247,7 +247,7 @@ def test_playground_in_a_single_file(narrow: Any, tmp_path: Path, monkeypatch: p
         (single_file.UNET, "holds no UNet"),
         (single_file.TEXT[0], "holds no first text encoder"),
         (single_file.TEXT[1], "holds no second text encoder"),
-        (f"{single_file.UNET}middle_block.1.transformer_blocks.9", "blocks left out"),
+        (f"{single_file.UNET}middle_block.1.transformer_blocks.9", "its middle block has 9 transformer layers"),
         (single_file.VAE, "holds no VAE, and the one to use in its place"),
     ],
 )

@@ -204,7 +204,7 @@ def _folder_row(path: Path) -> Base:
 
 
 def _file_row(path: Path) -> Base:
-    own = {"name": path.stem, "variant": None, "megabytes": None}
+    own = {"name": path.stem, "architecture": str(path), "variant": None, "megabytes": None}
     return _like(id=str(path), source=str(path), summary="A local single-file checkpoint.", **own)
 
 
