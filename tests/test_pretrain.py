@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lab.errors import LabError
-from lab.pretrain import assemble, clip, common, scenes, unet, vae
+from lab.pretrain import assemble, clip, common, image, scenes, unet, vae, widen
 from lab.pretrain.concepts import CONCEPTS, HELD_OUT, PLACES, STYLES, caption, prompt
 from lab.pretrain.sprites import Sprites
 
@@ -56,6 +56,8 @@ def _train(stage: str, sprites: Sprites, steps: int) -> dict[str, torch.Tensor]:
         trainer = vae.train(sprites, steps, batch=4, channels=CHANNELS)
     elif stage == "decoder":
         trainer = vae.train_decoder(sprites, steps, batch=4, channels=CHANNELS, perceive=None)
+    elif stage == "image":
+        trainer = image.train(sprites, steps, batch=8, towers=_towers(), auto=vae.build(CHANNELS))
     else:
         encoder = vae.build(CHANNELS)
         trainer = unet.train(sprites, steps, batch=4, scenes=1, size=SIZE, towers=_towers(), encoder=encoder)
@@ -63,7 +65,7 @@ def _train(stage: str, sprites: Sprites, steps: int) -> dict[str, torch.Tensor]:
 
 
 def _train_all(sprites: Sprites, steps: int) -> dict[str, dict[str, torch.Tensor]]:
-    return {stage: _train(stage, sprites, steps) for stage in ("clip", "vae", "decoder", "unet")}
+    return {stage: _train(stage, sprites, steps) for stage in ("clip", "vae", "decoder", "image", "unet")}
 
 
 def test_lists_agree():
@@ -115,6 +117,63 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sprites, tmp_path, monkeypatc
         parts[stage] = _train(stage, sprites, 2)
     for stage, state in whole.items():
         assert all(torch.equal(value, parts[stage][key]) for key, value in state.items()), stage
+
+
+def test_the_image_stage_lowers_its_loss_and_touches_the_image_tower_alone(sprites, fresh_home):
+    _train("clip", sprites, 1)
+    _train("vae", sprites, 1)
+    towers, auto = unet.frozen("clip", _towers()), unet.frozen("vae", vae.build(CHANNELS))
+    step = image.Step(sprites, towers, auto, 24)
+    before = step(999)[0]
+    _train("image", sprites, 20)
+    towers.clip.visual = unet.frozen("image", towers.clip.visual)
+    assert step(999)[0] < before - 0.01
+
+
+def test_more_latent_channels_keep_what_the_old_ones_said(sprites):
+    torch.manual_seed(0)
+    narrow, wide = vae.build(CHANNELS, 3).eval(), vae.build(CHANNELS, 5).eval()
+    before = {key: value.shape for key, value in wide.state_dict().items()}
+    wide.load_state_dict(widen.vae(narrow.state_dict(), wide.state_dict()))
+    assert before == {key: value.shape for key, value in wide.state_dict().items()}
+    scenes_shown = vae.held_out_scenes(sprites, n=4)
+    with torch.no_grad():
+        old, new = narrow.encode(scenes_shown).latent_dist, wide.encode(scenes_shown).latent_dist
+    torch.testing.assert_close(new.mean[:, :3], old.mean)
+    torch.testing.assert_close(new.logvar[:, :3], old.logvar)
+    assert new.mean[:, 3:].std() > 0.01
+    spread = old.mean[:, :2] / old.mean[:, :2].std((0, 2, 3), keepdim=True) * widen.SPREAD * old.mean.std()
+    tie = widen.Tie(narrow)
+    assert tie(scenes_shown, torch.cat([old.mean, spread], 1)) < 1e-6
+    assert tie(scenes_shown, torch.cat([old.mean, 10 * spread], 1)) > 0.1
+    assert tie(scenes_shown, torch.cat([old.mean + old.mean.std(), spread], 1)) > 0.9
+
+
+def test_a_widened_unet_draws_its_old_channels_as_before():
+    narrow, wide = (unet.build(n, 16, 64, 32, SIZE).eval() for n in (3, 5))
+    wide.load_state_dict(widen.unet(narrow.state_dict(), wide.state_dict()))
+    given = {
+        "encoder_hidden_states": torch.randn(2, 32, 64),
+        "added_cond_kwargs": {"text_embeds": torch.randn(2, 32), "time_ids": torch.full((2, 6), 64.0)},
+    }
+    noisy = torch.randn(2, 5, 16, 16)
+    with torch.no_grad():
+        out = wide(noisy, torch.tensor([3, 900]), **given).sample
+        torch.testing.assert_close(out[:, :3], narrow(noisy[:, :3], torch.tensor([3, 900]), **given).sample)
+    assert not out[:, 3:].any()
+
+
+def test_stages_start_from_narrower_assets(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "ASSETS", tmp_path)
+    monkeypatch.setattr(unet, "ASSETS", tmp_path)
+    assert vae.start_from_assets(vae.build(CHANNELS, 5)) == (False, None)
+    vae.build(CHANNELS, 3).save_pretrained(tmp_path / "tiny-sdxl" / "vae")
+    unet.build(3, 16, 64, 32, SIZE).save_pretrained(tmp_path / "tiny-sdxl" / "unet")
+    assert vae.start_from_assets(vae.build(CHANNELS, 3)) == (True, None)
+    assert vae.start_from_assets(vae.build(CHANNELS, 5))[1] is not None
+    assert vae.start_from_assets(vae.build((16, 16, 32), 5)) == (False, None)
+    assert unet.start_from_assets(unet.build(5, 16, 64, 32, SIZE))
+    assert not unet.start_from_assets(unet.build(5, 16, 32, 32, SIZE))
 
 
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24)])

@@ -14,12 +14,12 @@ from typing import Any
 # Threads that sleep while they wait: a spinning wait is ruinous where other work shares the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-STAGES = ("data", "clip", "vae", "decoder", "unet", "assemble", "score")
+STAGES = ("data", "clip", "vae", "decoder", "image", "unet", "assemble", "score")
 
 
 def run(stage: str, into: Path, knobs: dict[str, Any]) -> None:
     """One stage, trained up to its number of steps."""
-    from lab.pretrain import assemble, clip, score, unet, vae
+    from lab.pretrain import assemble, clip, image, score, unet, vae
     from lab.pretrain.sprites import load_sprites
 
     sprites = load_sprites()
@@ -35,7 +35,7 @@ def run(stage: str, into: Path, knobs: dict[str, Any]) -> None:
     elif stage == "decoder":
         vae.train_decoder(sprites, perceive=vae.perception(), **knobs)
     else:
-        {"clip": clip.train, "vae": vae.train, "unet": unet.train}[stage](sprites, **knobs)
+        {"clip": clip.train, "vae": vae.train, "image": image.train, "unet": unet.train}[stage](sprites, **knobs)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -114,7 +114,7 @@ def write_open_clip(folder: Path, model: Any, config: dict) -> None:
 def _facts() -> dict[str, dict]:
     """Steps, seconds and parameters of each stage, with what the weights it started from had behind them."""
     facts = facts_of(ASSETS)  # of a stage that was not run here
-    for stage in ("clip", "vae", "decoder", "unet"):
+    for stage in ("clip", "vae", "decoder", "image", "unet"):
         path = home() / f"{stage}.pt"
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -140,6 +140,8 @@ def assemble(
         if not (home() / f"{stage}.pt").exists():
             raise LabError(f'Nothing to assemble yet: run the stage "{stage}" first.')
     made: Any = unet.frozen("clip", towers or clip.Towers())
+    if (home() / "image.pt").exists():
+        made.clip.visual = unet.frozen("image", made.clip.visual)
     auto = auto or vae.build()
     scale = vae.scaling_factor(unet.frozen("vae", auto), sprites or load_sprites())
     decoder = "decoder" if (home() / "decoder.pt").exists() else "vae"

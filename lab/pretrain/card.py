@@ -59,7 +59,7 @@ positions and backgrounds are new, the emoji are those of training.
 ## Models
 | stage | model | training |
 |---|---|---|
-| clip | open_clip CLIP (ViT width 192, 6 layers, patch 8; text width 192, 4 layers) and a second text tower (width 128, 3 layers), {clip_m:.1f} M | {clip} |
+| clip | open_clip CLIP (ViT width 192, 6 layers, patch 8; text width 192, 4 layers) and a second text tower (width 128, 3 layers), {clip_m:.1f} M | {clip}; image tower alone: {image} |
 | vae | AutoencoderKL, channels {vae_channels}, {latents} latent channels, factor {factor}, {vae_m:.1f} M | {vae}; decoder alone: {decoder} |
 | unet | UNet2DConditionModel, channels {unet_channels}, cross-attention {cross}, {unet_m:.1f} M | {unet} |
 
@@ -124,7 +124,7 @@ def write(folder: Path) -> None:
             concepts=len(CONCEPTS),
             places=len(PLACES),
             held_out=", ".join(HELD_OUT),
-            **{stage: _trained(facts.get(stage, {})) for stage in ("clip", "vae", "decoder", "unet")},
+            **{stage: _trained(facts.get(stage, {})) for stage in ("clip", "vae", "decoder", "image", "unet")},
             **{f"{stage}_m": facts.get(stage, {}).get("parameters", 0) / 1e6 for stage in ("clip", "vae", "unet")},
             vae_channels="/".join(map(str, vae["block_out_channels"])),
             latents=vae["latent_channels"],

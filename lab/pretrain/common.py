@@ -49,6 +49,21 @@ def facts_of(folder: Path) -> dict[str, dict]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def committed(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a committed diffusers model in fp32; nothing where there is none."""
+    from safetensors.torch import load_file
+
+    path = folder / "diffusion_pytorch_model.safetensors"
+    return {key: value.float() for key, value in load_file(path).items()} if path.exists() else {}
+
+
+def fits(weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor], *narrower: str) -> bool:
+    """Whether both hold the same tensors in the same shapes, but for those of `narrower`, whose shapes must differ."""
+    return weights.keys() == own.keys() and all(
+        (value.shape == own[key].shape) != (key in narrower) for key, value in weights.items()
+    )
+
+
 def generator(*key: int) -> torch.Generator:
     """Numbers that depend on the key alone, so that a resumed run draws what an uninterrupted one would."""
     seed = 0

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lab.pretrain import clip, refit, vae
-from lab.pretrain.common import ASSETS, Muon, Trainer, autocast, device, generator, home, save_atomic
+from lab.pretrain import clip, refit, vae, widen
+from lab.pretrain.common import ASSETS, Muon, Trainer, autocast, committed, device, fits, generator, home, save_atomic
 from lab.pretrain.concepts import PLACES, STYLES
 from lab.pretrain.scenes import STEADY, captions, compose
 from lab.pretrain.sprites import Sprites
@@ -63,15 +63,13 @@ def build(latent_channels: int, side: int, text_width: int, pooled_width: int, s
 
 
 def start_from_assets(unet: Any) -> bool:
-    """Take over the committed weights if they are of this shape."""
-    from safetensors.torch import load_file
-
-    path = ASSETS / "tiny-sdxl" / "unet" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path) if path.exists() else {}
-    own = unet.state_dict()
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in own.items()}:
+    """Take over the committed weights if they are of this shape, or but for fewer latent channels."""
+    weights, own = committed(ASSETS / "tiny-sdxl" / "unet"), unet.state_dict()
+    if fits(weights, own, *widen.UNET):
+        weights = widen.unet(weights, own)
+    if not fits(weights, own):
         return False
-    unet.load_state_dict({k: v.float() for k, v in weights.items()})
+    unet.load_state_dict(weights)
     return True
 
 

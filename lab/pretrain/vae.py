@@ -1,4 +1,4 @@
-"""Stages "vae" and "decoder": 64×64 pictures to 16×16 latents of 4 channels and back.
+"""Stages "vae" and "decoder": 64×64 pictures to 16×16 latents of 8 channels and back.
 
 First encoder and decoder together, then the decoder alone, on latents with a little noise (the UNet's
 are never exact) and with a perceptual term from the CLIP tower's first layers, if that is trained.
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lab.pretrain.common import ASSETS, Trainer, autocast, device, generator, home
+from lab.pretrain import widen
+from lab.pretrain.common import ASSETS, Trainer, autocast, committed, device, fits, generator, home
 from lab.pretrain.concepts import PLACES
 from lab.pretrain.scenes import compose
 from lab.pretrain.sprites import Sprites
 
-CHANNELS, LATENT_CHANNELS = (32, 64, 96), 4
+CHANNELS, LATENT_CHANNELS = (32, 64, 96), 8
 
 
 def build(channels: tuple[int, ...] = CHANNELS, latent_channels: int = LATENT_CHANNELS) -> Any:
@@ -36,17 +37,20 @@ def build(channels: tuple[int, ...] = CHANNELS, latent_channels: int = LATENT_CH
     )
 
 
-def start_from_assets(vae: Any) -> bool:
-    """Take over the committed weights if they are of this shape."""
-    from safetensors.torch import load_file
-
-    path = ASSETS / "tiny-sdxl" / "vae" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path) if path.exists() else {}
+def start_from_assets(vae: Any) -> tuple[bool, widen.Tie | None]:
+    """Take over the committed weights if they are of this shape; if they have fewer latent channels, widen them and
+    give what ties the first channels to them."""
+    folder = ASSETS / "tiny-sdxl" / "vae"
+    weights = committed(folder)
     own = vae.state_dict()
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in own.items()}:
-        return False
-    vae.load_state_dict({k: v.float() for k, v in weights.items()})
-    return True
+    tie = None
+    if fits(weights, own, *widen.VAE):
+        tie = widen.Tie(type(vae).from_pretrained(folder, torch_dtype=torch.float32).to(device()))
+        weights = widen.vae(weights, own)
+    if not fits(weights, own):
+        return False, None
+    vae.load_state_dict(weights)
+    return True, tie
 
 
 def draw(sprites: Sprites, batch: int, seed: int, step: int) -> torch.Tensor:
@@ -142,7 +146,7 @@ def train(
     """Encoder and decoder together."""
     torch.manual_seed(1)
     vae = build(channels, latent_channels)
-    known = start_from_assets(vae)
+    known, tie = start_from_assets(vae)
     trainer = Trainer("vae", vae, peak=8e-4, weight_decay=1e-4, ema=0.995, from_assets=known)
 
     model: Any = trainer.model
@@ -154,8 +158,9 @@ def train(
             posterior = model.encode(pixels).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=g).to(device())
             out = model.decode(posterior.mean + posterior.std * noise).sample
+            tied = tie(pixels, posterior.mean) if tie else out.new_zeros(())
         pixel, kl = pixel_loss(out.float(), pixels), posterior.kl().float().mean() / noise[0].numel()
-        return pixel + 1e-4 * kl, {"pixel": pixel.item(), "kl": kl.item()}
+        return pixel + 1e-4 * kl + tied, {"pixel": pixel.item(), "kl": kl.item(), "tied": tied.item()}
 
     trainer.run(steps, loss, lambda: _evaluate(trainer.ema.model, sprites))
     return trainer
