@@ -208,8 +208,10 @@ def check_room(folder: Path, needed: int, repo: str) -> None:
 
 
 def phase(name: str, done: int, total: int) -> str:
-    """What a run that waits for a download is doing, in words."""
-    return f"downloading {name[:26]} … {gigabytes(done)} of {gigabytes(total)} GB"
+    """What a run that waits for a download is doing, in words: at most 60 letters, what a run's phase holds."""
+    unit, size = ("GB", 10**9) if total >= 10**9 else ("MB", 10**6)
+    share = 100 * done // max(1, total)
+    return f"downloading {name[:23]} … {done / size:.1f} of {total / size:.1f} {unit}, {share} %"
 
 
 def gigabytes(count: float) -> str:

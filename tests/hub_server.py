@@ -16,7 +16,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Serves `models`: repository id → folder. `gated` ids give their files to nobody; `slow` is seconds a file takes."""
+    """Serves `models`: repository id → folder. `gated` ids give their files to nobody; `slow` is seconds a megabyte
+    takes, of files larger than 100 kB."""
 
     def __init__(self, models: dict[str, Path], gated: tuple[str, ...] = (), slow: float = 0.0) -> None:
         self.models, self.gated, self.slow = models, gated, slow
@@ -89,7 +90,7 @@ class Hub:
             step = max(1, len(content) // 8)
             for start in range(0, len(content), step):
                 to.wfile.write(content[start : start + step])
-                time.sleep(self.slow / 8 if len(content) > 100_000 else 0)
+                time.sleep(self.slow * step / 1e6 if len(content) > 100_000 else 0)
 
 
 def _hash(path: Path) -> str:

@@ -212,9 +212,11 @@ def test_shards(tmp_path: Path, there: list[str], whole: bool) -> None:
 
 def test_words() -> None:
     assert hub.phase("Stable Diffusion XL 1.0", int(1.2e9), int(6.9e9)) == (
-        "downloading Stable Diffusion XL 1.0 … 1.2 of 6.9 GB"
+        "downloading Stable Diffusion XL 1.0 … 1.2 of 6.9 GB, 17 %"
     )
-    assert len(hub.phase("x" * 100, 10**11, 10**12)) <= 60
+    assert hub.phase("small", int(2.5e6), int(5e6)) == "downloading small … 2.5 of 5.0 MB, 50 %"
+    assert hub.phase("none", 0, 0).endswith("0.0 of 0.0 MB, 0 %")
+    assert len(hub.phase("x" * 100, 99 * 10**9, 99 * 10**9)) <= 60
     full = OSError(28, "No space left on device")
     assert "The disk became full while 'owner/model' was fetched" in hub.sentence("owner/model", full)
 

@@ -83,7 +83,7 @@ def tiny_sdxl() -> Base:
         extra = {"text_embeds": torch.randn(BATCH, pooled), "time_ids": torch.randn(BATCH, 6)}
         words = torch.randn(BATCH, arch.unit["tokens"], c.cross_attention_dim)
         steps = torch.zeros(BATCH, dtype=torch.long)
-        latents = torch.randn(BATCH, 4, side, side)
+        latents = torch.randn(BATCH, c.in_channels, side, side)
         return {"sample": latents, "timestep": steps, "encoder_hidden_states": words, "added_cond_kwargs": extra}
 
     return arch, arch.select("attn"), lambda: UNet2DConditionModel.from_config(config), inputs

@@ -128,9 +128,10 @@ class _Problem:
         import torch
 
         from lab.coverage import bilinear
+        from lab.coverage.pairs import NolaPair
 
         scale = self.whole**0.5
-        pair = bilinear.NolaPair(self.A.rows.numpy(), self.B.rows.numpy(), self.A.constant.numpy())
+        pair = NolaPair(self.A.rows.numpy(), self.B.rows.numpy(), self.A.constant.numpy())
         goal = (self.X.full() / scale).numpy()
         found = bilinear.descend(pair, goal, alpha.double().numpy(), ROUNDS, SETTLED_NEWTON)
         return self.whole * found.norm**2, torch.from_numpy(found.x), torch.from_numpy(found.y * scale)

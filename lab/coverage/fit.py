@@ -10,6 +10,7 @@ import numpy as np
 
 from lab.coverage import bilinear
 from lab.coverage.maps import Array, UpdateMap, generator, weight
+from lab.coverage.pairs import RowsPair
 from lab.methods.spec import Layer
 
 TARGETS = {
@@ -110,10 +111,10 @@ def separable(update: UpdateMap, goal: Array, seed: int, starts: int | None = No
     """Variable projection from random points (`lab.coverage.bilinear`); the best of them, so an upper bound."""
     assert update.pair is not None
     many = starts or many_starts(update.size)
-    drawn = (update.draw(generator(seed, "fit", i, update.d, update.size), 1)[0] for i in range(many))
-    return min(bilinear.descend(update.pair, goal, x[: update.pair.x]).norm for x in drawn) / float(
-        np.linalg.norm(goal)
-    )
+    pair = update.pair
+    near = [pair.near(goal)] if isinstance(pair, RowsPair) else []
+    drawn = (generator(seed, "fit", i, update.d, update.size).standard_normal(pair.x) for i in range(many - len(near)))
+    return min(bilinear.descend(pair, goal, x).norm for x in (*near, *drawn)) / float(np.linalg.norm(goal))
 
 
 def nonlinear(update: UpdateMap, goal: Array, seed: int, steps: int = STEPS, starts: int = STARTS) -> float:

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lab.coverage.bilinear import Bilinear, NolaPair, VeraPair
+from lab.coverage.bilinear import Bilinear
+from lab.coverage.pairs import NolaPair, RowsPair, VeraPair
 from lab.methods.builtin_factors import Lokr
 from lab.methods.spec import Layer
 
@@ -27,8 +28,8 @@ Formula = Callable[[dict[str, Array]], Array]
 class UpdateMap:
     """θ (p,) → ΔW (d, d) of one layer. `formula` takes the trained tensors by name, each with a leading axis of
     updates, and gives (N, d, d); it must be analytic in them (no absolute values, no conjugates), so that the complex
-    step can differentiate it. `linear` says that ΔW is linear in θ. `pair`, where there is one, has the same ΔW as a
-    function of the first `pair.x` trained numbers and of the others, linear in these."""
+    step can differentiate it. `linear` says that ΔW is linear in θ. `pair`, where there is one, reaches the
+    same ΔW (their closure), linear in each of two groups of numbers."""
 
     d: int
     shapes: dict[str, tuple[int, ...]]
@@ -113,7 +114,8 @@ def dora(d: int, knobs: Any, seed: int) -> UpdateMap:
         V = W + t["B"] @ t["A"]
         return t["g"][:, :, None] * V / np.sqrt((V * V).sum(2, keepdims=True)) - W
 
-    return UpdateMap(d, {"B": (d, knobs.r), "A": (knobs.r, d), "g": (d,)}, formula)
+    pair = RowsPair(knobs.r, np.ones((d, d)), W)
+    return UpdateMap(d, {"B": (d, knobs.r), "A": (knobs.r, d), "g": (d,)}, formula, pair=pair)
 
 
 def nora(d: int, knobs: Any, seed: int) -> UpdateMap:
@@ -231,7 +233,8 @@ def lokr(row: Lokr) -> Callable[[int, Any, int], UpdateMap]:
 def hira(d: int, knobs: Any, seed: int) -> UpdateMap:
     """W∘(BA)."""
     W = weight(d, seed)
-    return UpdateMap(d, {"B": (d, knobs.r), "A": (knobs.r, d)}, lambda t: W * (t["B"] @ t["A"]))
+    shapes = {"B": (d, knobs.r), "A": (knobs.r, d)}
+    return UpdateMap(d, shapes, lambda t: W * (t["B"] @ t["A"]), pair=RowsPair(knobs.r, W))
 
 
 def gralora(d: int, knobs: Any, seed: int) -> UpdateMap:

@@ -113,14 +113,18 @@ def queue(comparison: Comparison) -> str:
 
 
 def failures(comparison: Comparison, logs: dict[str, str]) -> str:
-    """One sentence for every failed run, with the log's last lines folded away."""
+    """One sentence for every cause of failed runs, with a log's last lines folded away: a base that cannot be had fails
+    all of them alike."""
+    causes: dict[str, list[Run]] = {}
+    for run in comparison.runs:
+        if run.state == "failed":
+            causes.setdefault(run.message or "the training process ended without a word.", []).append(run)
     notes = [
         error(
-            f"{name(run.method)}, seed {run.seed}, failed: {run.message or 'the training process ended without a word.'}",
-            f'<details><summary>The log\'s last lines</summary><pre class="log">{e(logs.get(run.id) or "The log is empty.")}</pre></details>',
+            f"{'; '.join(f'{name(run.method)}, seed {run.seed}' for run in runs)}, failed: {cause}",
+            f'<details><summary>The log\'s last lines</summary><pre class="log">{e(logs.get(runs[0].id) or "The log is empty.")}</pre></details>',
         )
-        for run in comparison.runs
-        if run.state == "failed"
+        for cause, runs in causes.items()
     ]
     return f'<div class="lab" style="display:grid;gap:10px">{"".join(notes)}</div>' if notes else ""
 

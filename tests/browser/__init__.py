@@ -46,12 +46,14 @@ def marks(timeout_s: int) -> list[pytest.MarkDecorator]:
 
 
 @contextmanager
-def server(home: Path) -> Iterator[str]:
-    """`python app.py` on a free port over this home; its address. Page and worker end with the block."""
+def server(home: Path, **more: str) -> Iterator[str]:
+    """`python app.py` on a free port over this home; its address. Page and worker end with the block. `more`: variables
+    of its environment."""
     environment = os.environ | {
         "LAB_HOME": str(home),
         "LAB_MIN_FREE_MB": "0",
         "GRADIO_TEMP_DIR": str(home.parent / "cache"),
+        **more,
     }
     command = [sys.executable, "-u", "app.py", "--host", "127.0.0.1", "--port", "0"]
     page = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
