@@ -43,6 +43,7 @@ class Gpu:
     bf16: bool = False
 
 
+@functools.cache
 def processor() -> dict[str, Any]:
     """{"name", "cores" (that this process may use), "bf16": whether it multiplies in bf16}."""
     name, flags = platform.processor() or platform.machine(), ""

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from lab import doctor, hub, machine
@@ -17,6 +18,7 @@ from lab.bases import BASES
 from lab.cli import main
 from lab.machine import Gpu
 from lab.ui import system
+from tests.page_server import served
 
 GIB = 2**30
 
@@ -229,6 +231,15 @@ def test_the_page_looks_once_however_many_ask(monkeypatch: pytest.MonkeyPatch) -
     system.examined()
     system.examined()
     assert calls == [True]
+
+
+def test_the_page_says_at_once_that_it_is_looking(tmp_path: Path) -> None:
+    """It stands in the page as it is served: nothing has to answer first."""
+    with served(tmp_path / "home") as address:
+        parts = httpx.get(f"{address}/config", timeout=60).json()["components"]
+    (shown,) = [part["props"]["value"] for part in parts if part["props"].get("elem_id") == "system"]
+    assert "Looking" in shown
+    assert "Looking" not in system.system_html(system.examined())
 
 
 def test_names_are_text_on_the_page() -> None:

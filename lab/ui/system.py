@@ -11,19 +11,21 @@ import gradio as gr
 from lab import doctor
 from lab.ui import Page, Tab
 from lab.ui.comparison import heading
-from lab.ui.html import e, size
+from lab.ui.html import e, empty, size
 
 FRESH_S = 30.0
 STATES = {"problem": "failed", "note": "queued", "ok": "done"}  # the pills' classes
 WORDS = {"problem": "to change", "note": "to know", "ok": "works"}
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+# In the page itself, so that it is there before anybody has been asked: the first look imports every method.
+LOOKING = f'<div class="lab">{empty("Looking …", "Processor, memory, GPU, disk and models: a few seconds the first time.")}</div>'
 _lock = threading.Lock()
 _last: list[tuple[float, dict[str, Any]]] = []
 
 
 def build(page: Page) -> None:
     heading("This machine", "what works on it, and what to change; the same as python -m lab doctor")
-    shown = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="system")
+    shown = gr.HTML(LOOKING, apply_default_css=False, js_on_load=None, elem_id="system")
     if page.tab is not None:
         page.tab.select(lambda: system_html(examined()), None, shown, **QUIET)
 
