@@ -41,6 +41,8 @@ def start(
             raise LabError(f"{out} holds a comparison with other settings: choose another folder, or remove it.")
         if not _same(pictures, read_folder(out / "inputs")):
             raise LabError(f"{out} holds a comparison of other pictures: choose another folder, or remove it.")
+        if base := getattr(TASKS[task_id], "base", None):  # done runs are not begun again: nobody else would ask
+            base(spec).hold(out)
         return spec
     if out.exists() and any(out.iterdir()):
         raise LabError(f"{out} is not empty: choose another folder.")

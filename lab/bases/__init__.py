@@ -98,6 +98,13 @@ class Base:
         """The model where it is loaded already, on whatever device and in whatever dtype, else None."""
         return getattr(self._loader(), "loaded", lambda _: None)(self)
 
+    def hold(self, folder: Path) -> None:
+        """Write down in a comparison's folder which weights it is made with, or see that they are still those. Raises
+        LabError, in one sentence, when they are not."""
+        from lab.bases import _prints
+
+        _prints.hold(self, folder)
+
     def forget(self) -> None:
         """Let go of a loaded model, so that the next `load` reads it again."""
         self._loader().forget()

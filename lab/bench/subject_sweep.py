@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
 import sys
 import tempfile
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 # -- search --------------------------------------------------------------------------------------------
 def search(base: str, subjects: Sequence[str], methods: Sequence[str]) -> list[dict[str, Any]]:
     """One run a subject, method, setting and learning rate, scored along the way. All rows of these weights."""
-    sheet = _Sheet(HERE / "subject_search.csv", fingerprint(base))
+    sheet = _Sheet(HERE / "subject_search.csv", _weights(base))
     for subject in subjects:
         untouched: dict[str, float] = {}
         for method in methods:
@@ -132,7 +131,7 @@ def presets(base: str, subjects: Sequence[str], methods: Sequence[str], out: Pat
     """The default comparison on each subject; the rows of its runs. Grids go to `out/<weights>/<subject>`."""
     from lab import compare, comparison
 
-    sheet, asked = _Sheet(HERE / "subject_presets.csv", fingerprint(base)), []
+    sheet, asked = _Sheet(HERE / "subject_presets.csv", _weights(base)), []
     for subject in subjects:
         spec, pictures = _spec(base, subject, methods=list(methods))
         wanted = [
@@ -170,12 +169,11 @@ def _told(subject: str, planned: Any) -> Any:
 
 
 # -- the sheet -----------------------------------------------------------------------------------------
-def fingerprint(base: str) -> str:
-    """Eight digits of the hash of the base's UNet: scores are comparable for the same weights only."""
-    from lab.bases import resolve
+def _weights(base: str) -> str:
+    """What rows are kept by: scores are comparable for the same weights only."""
+    from lab.bases import _prints, resolve
 
-    weights = sorted((Path(resolve(base).source) / "unet").glob("*.safetensors"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:8]
+    return _prints.unet_digits(resolve(base))
 
 
 class _Sheet:

@@ -34,8 +34,9 @@ class Cancelled(Exception):  # noqa: N818 - not an error
 
 class Task(Protocol):
     """A task may also have `imports`, names of the modules that `run` needs: a queue's worker then imports them once
-    for all its runs; `title(spec)`, what lists call a comparison, in place of its subject and methods; and
-    `compared = False` where no grid, table and report is made of all runs together."""
+    for all its runs; `title(spec)`, what lists call a comparison, in place of its subject and methods; `base(spec)`, the
+    base model of all its runs, which then has to stay what it was; and `compared = False` where no grid, table and report
+    is made of all runs together."""
 
     id: str
     name: str

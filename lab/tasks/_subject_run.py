@@ -45,6 +45,7 @@ def run(spec: dict[str, Any], planned: PlannedRun, inputs: Path, folder: Path, r
     check_count(len(pictures))
     report(0, spec["steps"], phase="loading the base model")
     subject = Run(spec, planned, pictures, folder, inputs.parent, report)
+    subject.base.hold(inputs.parent)  # once it is loaded: before, it may have had to be downloaded
     held = {dtype: word for word, dtype in devices.WEIGHTS.items()}[subject.pipe.unet.dtype]
     made = record(spec, planned, devices.describe(subject.device)) | {"weights": held}  # an export takes W as it was
     write_json(folder / "meta.json", made)

@@ -158,6 +158,9 @@ class FewShot:
         full["title"] = full["title"] or f"Few-shot {datasets.resolve(full['dataset'], local=False).name}"
         return full
 
+    def base(self, spec: dict[str, Any]) -> Base:
+        return resolve(spec["base"])
+
     def plan(self, spec: dict[str, Any]) -> list[PlannedRun]:
         """Every method at the first seed, then at the next."""
         chosen = spec["methods"].items()
@@ -168,6 +171,7 @@ class FewShot:
     ) -> dict[str, Any]:
         from lab.tasks._fewshot_run import run
 
+        self.base(spec).hold(inputs.parent)
         return run(spec, planned, folder, report)
 
 

@@ -103,6 +103,9 @@ class Subject:
             _check_layers(base, full)
         return full
 
+    def base(self, spec: dict[str, Any]) -> Base:
+        return resolve(spec["base"])
+
     def plan(self, spec: dict[str, Any]) -> list[PlannedRun]:
         """The base's run, those of adapters that are there already, then every method at the first seed, then at the next."""
         methods = spec["methods"].items()
