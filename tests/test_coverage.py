@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lab import cli
-from lab.coverage import closed_form, curve, fit, maps, measure, point
+from lab.coverage import closed_form, curve, maps, measure, point
 from lab.coverage.closed import FORMS
 from lab.coverage.curves import base, check_counts, layer, settings, update_map
 from lab.errors import LabError
@@ -138,89 +138,6 @@ def test_derivatives() -> None:
         step = 1e-6 * np.eye(update.size)
         slope = (update.delta(theta + step) - update.delta(theta - step)) / 2e-6
         assert np.allclose(update.jacobian(theta), slope, atol=1e-7), id
-
-
-def test_fits_are_as_near_as_can_be() -> None:
-    for id, n in (("lora", 32), ("nora", 20), ("gralora", 32)):
-        update, knobs = made(id, 8, n)
-        goal = fit.target("full", 8, 0)
-        exact, how = fit.error(id, update, knobs, goal, 0)
-        assert "SVD" in how
-        assert exact - 1e-9 <= fit.nonlinear(update, goal, 0, steps=200, starts=4) <= exact * 1.02, id
-    low = fit.target("low", 16, 0)  # of rank 2
-    update, knobs = made("lora", 16, 64)
-    assert fit.error("lora", update, knobs, low, 0)[0] < 1e-12
-    assert point("pranc", 8, 64, target="full")["error"] < 1e-10
-    assert point("pranc", 8, 16, target="full")["error"] == pytest.approx((1 - 16 / 64) ** 0.5, abs=0.12)
-    with pytest.raises(LabError, match="target is one of"):
-        point("lora", 8, 16, target="mine")
-
-
-@pytest.mark.parametrize("id", ["nola", "nola started", "vera"])
-def test_pairs_are_their_maps_and_their_derivatives(id: str) -> None:
-    update, _ = made(id.split()[0], 7, 18, start="started" in id)
-    pair, goal = update.pair, fit.target("full", 7, 0)
-    assert pair is not None
-    theta = update.draw(np.random.default_rng(2), 1)[0]
-    x, y = theta[: pair.x], theta[pair.x :]
-    assert np.allclose(pair.delta(x, y).ravel(), update.delta(theta[None])[0])
-    J, left = update.jacobian(theta), pair.delta(x, y) - goal
-    T, M = J[: pair.x], J[pair.x :]
-    gram, right = pair.normal(x, goal)
-    slope, outer, across, bent = pair.slope(x, y, left)
-    for found, wanted in ((gram, M @ M.T), (right, M @ goal.ravel()), (slope, T @ left.ravel()), (outer, T @ T.T),
-                          (across, M @ T.T)):  # fmt: skip
-        assert np.allclose(found, wanted)
-    step = 1e-6
-    moved = [update.jacobian(theta + step * e)[pair.x :] for e in np.eye(update.size)[: pair.x]]
-    assert np.allclose(bent, np.stack([(m - M) @ left.ravel() / step for m in moved], axis=1), atol=1e-4)
-
-
-@pytest.mark.parametrize("id", ["nola", "vera"])
-def test_variable_projection_is_as_near_as_levenberg_and_marquardt(id: str) -> None:
-    """It ends in a minimum as low as the general descent's, within two parts in a hundred, and lower over all: both find
-    one of many."""
-    ours, plain = [], []
-    for d, n, kind in ((8, 24, "full"), (8, 40, "low"), (12, 64, "full")):
-        update, _ = made(id, d, n)
-        goal = fit.target(kind, d, 0)
-        ours.append(fit.separable(update, goal, 0))
-        plain.append(fit.nonlinear(update, goal, 0))
-    assert all(a <= 1.02 * b for a, b in zip(ours, plain, strict=True)), (ours, plain)
-    assert sum(ours) <= sum(plain), (ours, plain)
-
-
-def test_variable_projection_finds_an_update_of_the_method_again() -> None:
-    for id in ("nola", "vera"):
-        update, _ = made(id, 8, 14)
-        goal = update.delta(update.draw(np.random.default_rng(5), 1))[0].reshape(8, 8)
-        assert fit.separable(update, goal, 0, starts=4) < 1e-6, id
-
-
-def test_the_real_target_is_a_change_of_the_embedded_base() -> None:
-    W, change = fit.real()
-    assert W.shape == change.shape == (64, 64)
-    assert 1e-3 < np.linalg.norm(change) / np.linalg.norm(W) < 1  # a fine-tuning, not another weight
-    goal, d = fit.target("real", 24, 0), 24
-    assert np.linalg.norm(goal) == pytest.approx(1)
-    assert np.allclose(goal * np.linalg.norm(change[:d, :d]), change[:d, :d])
-    values = np.linalg.svd(change[:d, :d], compute_uv=False)
-    tail = np.sqrt((values[2:] ** 2).sum() / (values**2).sum())
-    assert point("lora", d, 2 * 2 * d, target="real")["error"] == pytest.approx(tail, rel=1e-9)
-
-
-def test_the_real_target_is_fitted_on_its_own_weight() -> None:
-    W, change = fit.real()
-    d, given = 16, {"r_outer": 10, "r_inner": 3}
-    found = point("nora", d, 60, given=given, target="real")["error"]
-    scale = np.linalg.norm(change[:d, :d])
-    U, S, Vt = np.linalg.svd(W[:d, :d] / scale)
-    X = U[:, :10].T @ (change[:d, :d] / scale) @ Vt[:10].T
-    tail = np.linalg.svd(X + np.diag(S[:10] * (np.arange(10) < 3)), compute_uv=False)[3:]
-    assert found == pytest.approx(np.sqrt(1 - (X**2).sum() + (tail**2).sum()), rel=1e-9)
-    assert found != pytest.approx(point("nora", d, 60, given=given, target="low")["error"], rel=1e-3)
-    assert np.array_equal(maps.weight(d, 0), maps.weight(d, 0))  # random again outside
-    assert not np.allclose(maps.weight(d, 0), W[:d, :d] / scale)
 
 
 def test_points_are_the_same_again() -> None:

@@ -6,7 +6,7 @@ PEFT's through their layer: the answer to the identity matrix, less the base's, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from lab.methods.own import OwnMethod
 from lab.methods.spec import Method
 
 NAME = "layer"
+BATCH = 1024  # entries of ΔW that are differentiated at once
+ROUNDING = 1e-6  # share of ΔW: what rounding in single precision leaves of linearity
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,26 @@ class CodeMap(UpdateMap):
         return np.where(np.linalg.norm(made, axis=1, keepdims=True) > 1e-10, made, 0.0)
 
     def jacobian(self, theta: Array) -> Array:
-        """By automatic differentiation, backwards."""
+        """By automatic differentiation, backwards, many entries of ΔW at once."""
         point = torch.from_numpy(np.ascontiguousarray(theta)).requires_grad_(True)
         out = self.evaluate(point).reshape(-1)
-        rows = [torch.autograd.grad(value, point, retain_graph=True, allow_unused=True)[0] for value in out]
-        return np.stack([np.zeros(self.size) if r is None else r.numpy() for r in rows], axis=1).astype(np.float64)
+        if not out.requires_grad:
+            return np.zeros((self.size, len(out)))
+        try:
+            rows = [self._pulled(out, point, part) for part in torch.eye(len(out), dtype=out.dtype).split(BATCH)]
+        except RuntimeError:  # an operation that autograd cannot batch (einsum in PEFT's own Function, a sparse matrix)
+            if self.linear:
+                origin = np.zeros((1, self.size))
+                return self.delta(np.eye(self.size)) - self.delta(origin)
+            rows = [self._pulled(out, point, part[0])[None] for part in torch.eye(len(out), dtype=out.dtype).split(1)]
+        return torch.cat(rows).T.double().numpy()
+
+    def _pulled(self, out: torch.Tensor, point: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+        """Directions (d²,) or (many, d²) of ΔW → of θ."""
+        (found,) = torch.autograd.grad(
+            out, point, directions, retain_graph=True, allow_unused=True, is_grads_batched=directions.ndim == 2
+        )
+        return found if found is not None else out.new_zeros((*directions.shape[:-1], self.size))
 
     def draw(self, rng: np.random.Generator, count: int) -> Array:
         """The start plus normal numbers as large as each tensor's start; of size one where it starts at zero."""
@@ -80,7 +97,14 @@ def code(method: Method, d: int, knobs: Any, seed: int) -> CodeMap:
     )  # fmt: skip
     if not isinstance(method, OwnMethod):
         _check_fixed(method, peft, d)
-    return made
+    return replace(made, linear=_is_linear(made))
+
+
+def _is_linear(update: CodeMap) -> bool:
+    """Whether ΔW(a + b) + ΔW(0) = ΔW(a) + ΔW(b) at random a and b, to rounding."""
+    a, b = update.draw(np.random.default_rng(0), 2)
+    zero, of_a, of_b, both = update.delta(np.stack((0 * a, a, b, a + b)))
+    return bool(np.linalg.norm(both + zero - of_a - of_b) <= ROUNDING * np.linalg.norm((of_a, of_b, zero)))
 
 
 def _split(theta: torch.Tensor, shapes: dict[str, Any]) -> dict[str, torch.Tensor]:

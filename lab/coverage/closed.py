@@ -266,3 +266,19 @@ def closed_form(method: str, d: int, knobs: Any, *, start: bool = False) -> Clos
         return _nola_started(d, knobs)
     found = FORMS.get(method)
     return found(d, knobs) if found else None
+
+
+def image_rank(method: str, knobs: Any) -> int | None:
+    """ρ of the methods that reach all of M_ρ, plus a fixed matrix: B·A of free factors, or what comes to the same. None for
+    all others."""
+    found = _IMAGES.get(FORMS.get(method))
+    return found(knobs) if found else None
+
+
+_IMAGES: Mapping[Callable[[int, Any], Closed] | None, Callable[[Any], int]] = {
+    _lora: lambda knobs: knobs.r,
+    _started: lambda knobs: knobs.r,  # the start that is taken off is the fixed matrix
+    _hydra: lambda knobs: 2 * knobs.r,
+    _adalora: lambda knobs: knobs.init_r,
+    _block_lora: lambda knobs: knobs.r // knobs.blocks,
+}

@@ -21,7 +21,6 @@ MAX_D = 64
 MAX_LOCAL = (
     1 << 26
 )  # numbers in a Jacobian; beyond it (d = 64 with thousands of parameters) the local dimension is left out
-MAX_FIT = 512  # parameters up to which a nonlinear method is fitted to a target
 SHOWN = 200  # singular values kept for the spectrum plot
 KEPT = 4096
 LARGE_D = 32  # beyond it a point takes seconds and up to 0.4 GB: the page leaves them to the queue
@@ -256,10 +255,9 @@ def _thin(found: measure.Spectrum) -> list[list[float]]:
 def _fitted(id: str, update: maps.UpdateMap, knobs: Any, d: int, seed: int, target: str) -> Record:
     if target not in fit.TARGETS:
         raise LabError(f"The target is one of {', '.join(fit.TARGETS)}, got '{target[:20]}'.")
-    if not update.linear and update.size > MAX_FIT and id not in ("lora", "rslora", "nora", "gralora"):
-        return {"error": None, "fitted_by": "", "note": f"more than {MAX_FIT} parameters are not fitted here"}
     found, how = fit.error(id, update, knobs, fit.target(target, d, seed), seed)
-    return {"error": found, "fitted_by": how}
+    more = {} if found is not None else {"note": f"more than {fit.MAX_FIT} parameters are not fitted here"}
+    return {"error": found, "fitted_by": how} | more
 
 
 def curve(id: str, d: int, counts: Sequence[int], **options: Any) -> list[Record]:

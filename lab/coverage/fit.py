@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from lab.coverage import bilinear
+from lab.coverage import bilinear, hadamard, kronecker
+from lab.coverage.closed import image_rank
 from lab.coverage.maps import Array, UpdateMap, generator, weight
 from lab.coverage.pairs import RowsPair
+from lab.methods.builtin_factors import DiffuseKrona, Lokr
 from lab.methods.spec import Layer
 
 TARGETS = {
@@ -19,7 +21,11 @@ TARGETS = {
     "real": "what fine-tuning in full changed in a layer of the embedded base (its first d rows and columns)",
 }
 REAL = Path(__file__).resolve().parents[2] / "assets" / "coverage" / "difference.npz"  # made by _difference.py
+MAX_FIT = 512  # parameters up to which an update is searched for, where no closed form or linear map gives it
 STEPS, STARTS = 60, 2
+INDEPENDENT = (
+    1e-10  # share of the largest: a smaller pivot may be rounding, and its direction no direction of the map's
+)
 
 
 @functools.cache
@@ -49,18 +55,23 @@ def target(kind: str, d: int, seed: int) -> Array:
     return made / np.linalg.norm(made)
 
 
-def error(method: str, update: UpdateMap, knobs: Any, goal: Array, seed: int) -> tuple[float, str]:
-    """(smallest ‖T − ΔW‖/‖T‖ found, how): exact where a closed form or a linear map allows, else an upper bound."""
+def error(method: str, update: UpdateMap, knobs: Any, goal: Array, seed: int) -> tuple[float | None, str]:
+    """(smallest ‖T − ΔW‖/‖T‖ found, how): exact where a closed form or a linear map allows, else an upper bound; None where
+    the method has too many parameters to be searched."""
     if update.linear:
         return linear(update, goal), "least squares"
-    if method in ("lora", "rslora", "lora-plus", "lora-pro", "structuredlora"):
-        return tail(goal, knobs.r), "truncated SVD"
-    if method == "block-lora":
-        return tail(goal, knobs.r // knobs.blocks), "truncated SVD"
+    if (r := image_rank(method, knobs)) is not None:
+        return shifted(update, goal, r), "truncated SVD"
     if method == "nora":
         return nora(update.d, knobs, goal, seed), "projection and truncated SVD"
     if method == "gralora":
         return gralora(goal, knobs), "truncated SVD of each block"
+    if method in KRONECKER:
+        return kron(KRONECKER[method], knobs, goal, seed)
+    if update.size > MAX_FIT:
+        return None, ""
+    if method == "loha":
+        return hadamard_product(knobs, goal, seed)
     if update.pair is not None:
         return separable(update, goal, seed), f"variable projection, {many_starts(update.size)} starts"
     return nonlinear(update, goal, seed), f"Levenberg–Marquardt, {STARTS} starts"
@@ -72,11 +83,26 @@ def tail(goal: Array, r: int) -> float:
     return float(np.linalg.norm(values[r:]) / np.linalg.norm(values))
 
 
+def shifted(update: UpdateMap, goal: Array, r: int) -> float:
+    """B·A + S with S = ΔW(0): as near as B·A comes to T − S, the truncated SVD of that."""
+    left = goal - update.delta(np.zeros((1, update.size))).reshape(goal.shape)
+    return tail(left, r) * float(np.linalg.norm(left) / np.linalg.norm(goal))
+
+
 def linear(update: UpdateMap, goal: Array) -> float:
-    """Distance to a subspace: least squares."""
-    J, t = update.jacobian(np.zeros(update.size)), goal.ravel()
+    """Distance to a subspace, or to one that is shifted by ΔW(0): the map's own projection, else least squares."""
+    whole = float(np.linalg.norm(goal))
+    if update.nearest is not None:
+        return float(np.linalg.norm(goal - update.nearest(goal))) / whole
+    t = goal.ravel() - update.delta(np.zeros((1, update.size)))[0]
+    J = update.jacobian(np.zeros(update.size))
+    if len(J) <= len(t):  # a fifth of the work of least squares by singular values
+        Q, R = np.linalg.qr(J.T)
+        size = np.abs(np.diag(R))
+        if size.min() > INDEPENDENT * size.max():
+            return float(np.linalg.norm(t - Q @ (Q.T @ t))) / whole
     found = np.linalg.lstsq(J.T, t, rcond=None)[0]
-    return float(np.linalg.norm(found @ J - t) / np.linalg.norm(t))
+    return float(np.linalg.norm(found @ J - t)) / whole
 
 
 def nora(d: int, knobs: Any, goal: Array, seed: int) -> float:
@@ -100,6 +126,32 @@ def gralora(goal: Array, knobs: Any) -> float:
     blocks = goal.reshape(k, side, k, side).transpose(0, 2, 1, 3).reshape(-1, side, side)
     left = sum((np.linalg.svd(b, compute_uv=False)[s:] ** 2).sum() for b in blocks)
     return float(np.sqrt(left) / np.linalg.norm(goal))
+
+
+KRONECKER = {"lokr": Lokr(), "diffusekrona": DiffuseKrona()}
+
+
+def kron(row: Lokr, knobs: Any, goal: Array, seed: int) -> tuple[float, str]:
+    d = len(goal)
+    m1, _, n1, _, _, full = row.shapes(Layer("layer", d, d), knobs)
+    if full:
+        return kronecker.full(goal, m1, n1) / float(np.linalg.norm(goal)), "rearrangement and SVD"
+    found = kronecker.low_rank(goal, m1, n1, knobs.r, generator(seed, "fit", d, knobs.r))
+    return found / float(np.linalg.norm(goal)), f"alternating SVD, {2 * kronecker.STARTS} starts"
+
+
+def hadamard_product(knobs: Any, goal: Array, seed: int) -> tuple[float, str]:
+    """LoHa, from starts near the truncated SVD, more of them where they cost little; the best, so an upper bound."""
+    d, r = len(goal), knobs.r
+    draws = min(8, max(2, (1 << 19) // (4 * d * r) ** 2))
+    many = draws * len(hadamard.NEAR)
+    starts = (
+        hadamard.Factors.near(goal, r, generator(seed, "fit", i, d, r), size)
+        for i in range(draws)
+        for size in hadamard.NEAR
+    )
+    found = min(hadamard.descend(goal, start)[0] for start in starts)
+    return found / float(np.linalg.norm(goal)), f"Levenberg–Marquardt, {many} starts"
 
 
 def many_starts(parameters: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from lab.coverage.bilinear import Bilinear
 from lab.coverage.pairs import NolaPair, RowsPair, VeraPair
-from lab.methods.builtin_factors import Lokr
+from lab.methods.builtin_factors import DiffuseKrona, Lokr
 from lab.methods.spec import Layer
 
 Array = np.ndarray
@@ -28,7 +28,8 @@ Formula = Callable[[dict[str, Array]], Array]
 class UpdateMap:
     """θ (p,) → ΔW (d, d) of one layer. `formula` takes the trained tensors by name, each with a leading axis of
     updates, and gives (N, d, d); it must be analytic in them (no absolute values, no conjugates), so that the complex
-    step can differentiate it. `linear` says that ΔW is linear in θ. `pair`, where there is one, reaches the
+    step can differentiate it. `linear` says that ΔW is linear in θ but for a fixed ΔW(0); `nearest`, where such a map has
+    one, gives the update (d, d) nearest to a target. `pair`, where there is one, reaches the
     same ΔW (their closure), linear in each of two groups of numbers."""
 
     d: int
@@ -36,6 +37,7 @@ class UpdateMap:
     formula: Formula
     linear: bool = False
     pair: Bilinear | None = None
+    nearest: Callable[[Array], Array] | None = None
 
     @property
     def size(self) -> int:
@@ -102,7 +104,13 @@ def lora(d: int, knobs: Any, seed: int) -> UpdateMap:
 def frozen_a(d: int, knobs: Any, seed: int) -> UpdateMap:
     """FFA-LoRA: B·A with A frozen at random."""
     A = generator(seed, "ffa", d).standard_normal((knobs.r, d))
-    return UpdateMap(d, {"B": (d, knobs.r)}, lambda t: t["B"] @ A, linear=True)
+    return UpdateMap(d, {"B": (d, knobs.r)}, lambda t: t["B"] @ A, linear=True, nearest=_rows_in(A))
+
+
+def _rows_in(A: Array) -> Callable[[Array], Array]:
+    """T → T·A⁺A: B·A with B free is whatever has its rows in A's row space (A (r, d) of rank min(r, d))."""
+    Q = np.linalg.qr(A.T)[0]
+    return lambda goal: (goal @ Q) @ Q.T
 
 
 def dora(d: int, knobs: Any, seed: int) -> UpdateMap:
@@ -134,7 +142,11 @@ def lora_xs(d: int, knobs: Any, seed: int) -> UpdateMap:
     """(U_r Σ_r)·R·V_rᵀ."""
     U, S, Vt = np.linalg.svd(weight(d, seed))
     B, A = U[:, : knobs.r] * S[: knobs.r], Vt[: knobs.r]
-    return UpdateMap(d, {"R": (knobs.r, knobs.r)}, lambda t: B @ t["R"] @ A, linear=True)
+    left = U[:, : knobs.r]  # B·R·A with R free is whatever stays as it is between the two projections
+    shapes = {"R": (knobs.r, knobs.r)}
+    return UpdateMap(
+        d, shapes, lambda t: B @ t["R"] @ A, linear=True, nearest=lambda goal: left @ (left.T @ goal @ A.T) @ A
+    )
 
 
 def tinylora(d: int, knobs: Any, seed: int) -> UpdateMap:
@@ -251,13 +263,17 @@ def gralora(d: int, knobs: Any, seed: int) -> UpdateMap:
 def miss(d: int, knobs: Any, seed: int) -> UpdateMap:
     """D·[I I … I], the last block cut."""
     shared = (np.arange(d)[None] % knobs.r == np.arange(knobs.r)[:, None]).astype(float)
-    return UpdateMap(d, {"D": (d, knobs.r)}, lambda t: t["D"] @ shared, linear=True)
+    return UpdateMap(d, {"D": (d, knobs.r)}, lambda t: t["D"] @ shared, linear=True, nearest=_rows_in(shared))
 
 
 def ia3(d: int, knobs: Any, seed: int) -> UpdateMap:
     """diag(l)·W, l counted from 1."""
     W = weight(d, seed)
-    return UpdateMap(d, {"l": (d,)}, lambda t: t["l"][:, :, None] * W, linear=True)
+    unit = W / np.linalg.norm(W, axis=1, keepdims=True)
+    return UpdateMap(
+        d, {"l": (d,)}, lambda t: t["l"][:, :, None] * W, linear=True,
+        nearest=lambda goal: (goal * unit).sum(1, keepdims=True) * unit,
+    )  # fmt: skip
 
 
 def block_lora(d: int, knobs: Any, seed: int) -> UpdateMap:
@@ -290,6 +306,7 @@ MAPS: Mapping[str, Maker] = {
     "vera": vera,
     "loha": loha,
     "lokr": lokr(Lokr()),
+    "diffusekrona": lokr(DiffuseKrona()),
     "hira": hira,
     "gralora": gralora,
     "miss": miss,
