@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lab import cli
-from lab.coverage import closed_form, curve, maps, measure, point
+from lab.coverage import Question, closed_form, curve, maps, measure, point
 from lab.coverage.closed import FORMS
 from lab.coverage.curves import base, check_counts, layer, settings, update_map
 from lab.errors import LabError
@@ -103,7 +103,7 @@ def test_figure_2() -> None:
     assert [p["rank"] for p in pranc] == counts
     assert [p["rank"] for p in nola] == [min((n // 2) ** 2, d * d) for n in counts]
     assert [p["coverage"] for p in nola] == [p["closed_form"] for p in nola]
-    assert point("nola", d, 8, start=True)["rank"] == 4 * 5  # A₀ is one more A
+    assert point(Question("nola", d, 8, start=True))["rank"] == 4 * 5  # A₀ is one more A
 
 
 def test_faster_ways_agree_with_plain_ones() -> None:
@@ -143,12 +143,12 @@ def test_derivatives() -> None:
 def test_points_are_the_same_again() -> None:
     from lab.coverage import curves
 
-    first = point("nola", 9, 14, seed=5)
+    first = point(Question("nola", 9, 14, seed=5))
     curves._known.clear()
-    again = point("nola", 9, 14, seed=5)
+    again = point(Question("nola", 9, 14, seed=5))
     assert {k: v for k, v in first.items() if k != "seconds"} == {k: v for k, v in again.items() if k != "seconds"}
-    assert point("nola", 9, 14, seed=6)["spectrum"] != first["spectrum"]
-    assert point("nola", 9, 14, seed=6) is point("nola", 9, 14, seed=6)  # kept
+    assert point(Question("nola", 9, 14, seed=6))["spectrum"] != first["spectrum"]
+    assert point(Question("nola", 9, 14, seed=6)) is point(Question("nola", 9, 14, seed=6))  # kept
 
 
 def test_settings_are_the_widest() -> None:

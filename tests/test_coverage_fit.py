@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lab.coverage import fit, hadamard, kronecker, maps, point
+from lab.coverage import Question, fit, hadamard, kronecker, maps, point
 from lab.coverage.curves import settings, update_map
 from lab.errors import LabError
 from lab.methods import METHODS
@@ -36,10 +36,10 @@ def test_fits_are_as_near_as_can_be() -> None:
     low = fit.target("low", 16, 0)  # of rank 2
     update, knobs = made("lora", 16, 64)
     assert fit.error("lora", update, knobs, low, 0)[0] < 1e-12
-    assert point("pranc", 8, 64, target="full")["error"] < 1e-10
-    assert point("pranc", 8, 16, target="full")["error"] == pytest.approx((1 - 16 / 64) ** 0.5, abs=0.12)
+    assert point(Question("pranc", 8, 64, target="full"))["error"] < 1e-10
+    assert point(Question("pranc", 8, 16, target="full"))["error"] == pytest.approx((1 - 16 / 64) ** 0.5, abs=0.12)
     with pytest.raises(LabError, match="target is one of"):
-        point("lora", 8, 16, target="mine")
+        point(Question("lora", 8, 16, target="mine"))
 
 
 def dense(blocks: np.ndarray) -> np.ndarray:
@@ -224,18 +224,18 @@ def test_the_real_target_is_a_change_of_the_embedded_base() -> None:
     assert np.allclose(goal * np.linalg.norm(change[:d, :d]), change[:d, :d])
     values = np.linalg.svd(change[:d, :d], compute_uv=False)
     tail = np.sqrt((values[2:] ** 2).sum() / (values**2).sum())
-    assert point("lora", d, 2 * 2 * d, target="real")["error"] == pytest.approx(tail, rel=1e-9)
+    assert point(Question("lora", d, 2 * 2 * d, target="real"))["error"] == pytest.approx(tail, rel=1e-9)
 
 
 def test_the_real_target_is_fitted_on_its_own_weight() -> None:
     W, change = fit.real()
     d, given = 16, {"r_outer": 10, "r_inner": 3}
-    found = point("nora", d, 60, given=given, target="real")["error"]
+    found = point(Question("nora", d, 60, given=given, target="real"))["error"]
     scale = np.linalg.norm(change[:d, :d])
     U, S, Vt = np.linalg.svd(W[:d, :d] / scale)
     X = U[:, :10].T @ (change[:d, :d] / scale) @ Vt[:10].T
     tail = np.linalg.svd(X + np.diag(S[:10] * (np.arange(10) < 3)), compute_uv=False)[3:]
     assert found == pytest.approx(np.sqrt(1 - (X**2).sum() + (tail**2).sum()), rel=1e-9)
-    assert found != pytest.approx(point("nora", d, 60, given=given, target="low")["error"], rel=1e-3)
+    assert found != pytest.approx(point(Question("nora", d, 60, given=given, target="low"))["error"], rel=1e-3)
     assert np.array_equal(maps.weight(d, 0), maps.weight(d, 0))  # random again outside
     assert not np.allclose(maps.weight(d, 0), W[:d, :d] / scale)

@@ -87,15 +87,30 @@ def test_bad_jobs_are_one_sentence() -> None:
 
 def test_small_layers_are_kept_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "KEEP_S", 0.0)
-    first = curves.point("nola", 8, 12, target="real")
+    first = curves.point(curves.Question("nola", 8, 12, target="real"))
     curves._known.clear()
     monkeypatch.setattr(curves, "update_map", None)  # nothing is measured any more
-    assert curves.point("nola", 8, 12, target="real") == first
+    assert curves.point(curves.Question("nola", 8, 12, target="real")) == first
     (file,) = (home / "coverage").iterdir()
     file.write_text("{")  # cut off by a crash: measured again
     curves._known.clear()
     with pytest.raises(TypeError):
-        curves.point("nola", 8, 12, target="real")
+        curves.point(curves.Question("nola", 8, 12, target="real"))
+
+
+def test_points_of_other_code_are_not_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = curves.Question("pranc", 33, 8)
+    curves.point(asked)
+    curves._known.clear()
+    assert curves.remembered(asked) is not None
+    read, changed = Path.read_bytes, "nothing"
+    monkeypatch.setattr(Path, "read_bytes", lambda file: read(file) + (b"#" if str(file).endswith(changed) else b""))
+    for changed in ("coverage/measure.py", "methods/pranc.py", "methods/_basis.py", "lab/budget.py", "lab/counter.py",
+                    "difference.npz"):  # fmt: skip
+        kept._code.cache_clear()
+        curves._known.clear()
+        assert curves.remembered(asked) is None, changed
+    kept._code.cache_clear()
 
 
 def test_what_is_kept_is_bounded_and_the_oldest_goes(home: Path) -> None:
@@ -110,4 +125,4 @@ def test_what_is_kept_is_bounded_and_the_oldest_goes(home: Path) -> None:
 
 def test_a_folder_that_may_not_be_written_keeps_nothing(home: Path) -> None:
     (home / "coverage").write_text("in the way")
-    assert curves.point("pranc", 33, 8)["rank"] == 8
+    assert curves.point(curves.Question("pranc", 33, 8))["rank"] == 8

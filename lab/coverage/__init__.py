@@ -17,7 +17,7 @@ Tests hold the maps against the methods' code. Settings for n parameters come fr
 from __future__ import annotations
 
 from lab.coverage.closed import Closed, closed_form
-from lab.coverage.curves import MAX_D, curve, point
+from lab.coverage.curves import MAX_D, Question, curve, point
 from lab.coverage.measure import TOLERANCE, Spectrum
 
-__all__ = ["MAX_D", "TOLERANCE", "Closed", "Spectrum", "closed_form", "curve", "point"]
+__all__ = ["MAX_D", "TOLERANCE", "Closed", "Question", "Spectrum", "closed_form", "curve", "point"]

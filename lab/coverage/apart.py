@@ -45,8 +45,7 @@ def curve(id: str, d: int, counts: Sequence[int], *, seed: int = 0, target: str 
     if target:
         arguments += ["--target", target]
     key = " ".join(arguments)
-    questions = [curves.question(id, d, n, seed=seed, target=target) for n in counts]
-    if all(curves.remembered(id, question) for question in questions):  # without torch
+    if all(curves.remembered(curves.Question(id, d, n, seed, target=target)) for n in counts):  # without torch
         return curves.curve(id, d, counts, seed=seed, target=target)
     with _one_at_a_time:
         if key not in _known:

@@ -217,6 +217,7 @@ FORMS: Mapping[str, Callable[[int, Any], Closed]] = {
     "rslora": _lora,
     "lora-plus": _lora,
     "lora-pro": _lora,
+    "lora-riemannian": _lora,
     "structuredlora": _lora,  # B·N·A reaches what B·A reaches
     "lora-orthogonal": _lora,
     "eva": _lora,

@@ -8,11 +8,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lab import budget
 from lab.coverage import fit, kept, maps, measure
-from lab.coverage.closed import Closed, closed_form
+from lab.coverage.closed import closed_form
 from lab.errors import LabError
 from lab.methods import METHODS
 from lab.methods.spec import Layer, Method
@@ -143,61 +144,56 @@ _known: OrderedDict[str, Record] = OrderedDict()
 _lock = threading.Lock()
 
 
-def point(
-    id: str,
-    d: int,
-    n: int,
-    *,
-    seed: int = 0,
-    given: dict[str, Any] | None = None,
-    start: bool = False,
-    target: str = "",
-    spectra: bool = True,
-) -> Record:
+@dataclass(frozen=True)
+class Question:
+    """What a point is asked, in full: of a method, on a d×d layer, with about n trained numbers.
+
+    Settings in `given` are held. `start` samples NOLA with the frozen A₀ of its authors' code. With a `target` the point is a
+    fit to it. Without `spectra` a span that is everything is certified without its singular values, which is much faster.
+    """
+
+    method: str
+    d: int
+    n: int
+    seed: int = 0
+    given: dict[str, Any] | None = None
+    start: bool = False
+    target: str = ""
+    spectra: bool = True
+
+    @property
+    def key(self) -> str:
+        return json.dumps({**vars(self), "given": sorted((self.given or {}).items())}, default=str)
+
+
+def point(asked: Question) -> Record:
     """One measured point. Keys beside those of `base`: local_dimension, update_rank, samples, smallest_kept,
     largest_dropped, tolerance, clear, seconds, spectrum, local_spectrum; with a target, error and fitted_by.
 
-    Without `spectra` a span that is everything is certified without its singular values, which is much faster.
-    `start` samples NOLA with the frozen A₀ of its authors' code. Measured once, then remembered. Raises LabError on an
-    unknown method, and when the method does not fit such a layer or is no change of one weight.
+    Measured once, then remembered. Raises LabError on an unknown method, and when the method does not fit such a layer or
+    is no change of one weight.
     """
-    key = question(id, d, n, seed=seed, given=given, start=start, target=target, spectra=spectra)
-    if (known := remembered(id, key)) is not None:
+    if (known := remembered(asked)) is not None:
         return known
-    began = time.perf_counter()
-    record, knobs = base(METHODS[id], d, n, given, start=start)
-    with maps.on_weight(fit.base_weight(target, d)):
-        update = update_map(METHODS[id], d, knobs, seed, start=start)
-        closed = closed_form(id, d, knobs, start=start)
-        record |= _fitted(id, update, knobs, d, seed, target) if target else _measured(update, seed, closed, spectra)
+    method, d, began = METHODS[asked.method], asked.d, time.perf_counter()
+    record, knobs = base(method, d, asked.n, asked.given, start=asked.start)
+    with maps.on_weight(fit.base_weight(asked.target, d)):
+        update = update_map(method, d, knobs, asked.seed, start=asked.start)
+        record |= _fitted(asked, update, knobs) if asked.target else _measured(asked, update, knobs)
     record["seconds"] = round(time.perf_counter() - began, 4)
     if record["seconds"] >= KEEP_S or d > LARGE_D:
-        kept.write(key, id, record)
-    return _remember(key, record)
+        kept.write(asked.key, record)
+    return _remember(asked.key, record)
 
 
-def question(
-    id: str,
-    d: int,
-    n: int,
-    *,
-    seed: int = 0,
-    given: dict[str, Any] | None = None,
-    start: bool = False,
-    target: str = "",
-    spectra: bool = True,
-) -> str:
-    """What a point is asked, in full."""
-    return json.dumps([id, d, n, seed, sorted((given or {}).items()), start, target, spectra], default=str)
-
-
-def remembered(id: str, key: str) -> Record | None:
+def remembered(asked: Question) -> Record | None:
     """The point of this question if it was measured before, in this process or another; None otherwise."""
+    key = asked.key
     with _lock:
         if key in _known:
             _known.move_to_end(key)
             return _known[key]
-    found = kept.read(key, id)
+    found = kept.read(key)
     return None if found is None else _remember(key, found)
 
 
@@ -220,8 +216,9 @@ def update_map(method: Method, d: int, knobs: Any, seed: int, *, start: bool = F
     return _torch_maps.code(method, d, knobs, seed)
 
 
-def _measured(update: maps.UpdateMap, seed: int, closed: Closed | None, spectra: bool) -> Record:
-    span = measure.span(update, seed, closed.span if closed else None, values=spectra)
+def _measured(asked: Question, update: maps.UpdateMap, knobs: Any) -> Record:
+    closed, seed = closed_form(asked.method, asked.d, knobs, start=asked.start), asked.seed
+    span = measure.span(update, seed, closed.span if closed else None, values=asked.spectra)
     jacobian = measure.local(update, seed) if update.size * update.d**2 <= MAX_LOCAL else None
     one = measure.one(update, seed)
     return {
@@ -252,23 +249,24 @@ def _thin(found: measure.Spectrum) -> list[list[float]]:
     return [[i + 1, float(f"{max(found.values[i], 1e-17):.3g}")] for i in at]
 
 
-def _fitted(id: str, update: maps.UpdateMap, knobs: Any, d: int, seed: int, target: str) -> Record:
-    if target not in fit.TARGETS:
-        raise LabError(f"The target is one of {', '.join(fit.TARGETS)}, got '{target[:20]}'.")
-    found, how = fit.error(id, update, knobs, fit.target(target, d, seed), seed)
+def _fitted(asked: Question, update: maps.UpdateMap, knobs: Any) -> Record:
+    if asked.target not in fit.TARGETS:
+        raise LabError(f"The target is one of {', '.join(fit.TARGETS)}, got '{asked.target[:20]}'.")
+    goal = fit.target(asked.target, asked.d, asked.seed)
+    found, how = fit.error(asked.method, update, knobs, goal, asked.seed)
     more = {} if found is not None else {"note": f"more than {fit.MAX_FIT} parameters are not fitted here"}
     return {"error": found, "fitted_by": how} | more
 
 
 def curve(id: str, d: int, counts: Sequence[int], **options: Any) -> list[Record]:
-    """`point` for every count; counts that the method answers with the same settings are measured once."""
+    """`point` for every count, with `Question`'s options; counts that the method answers with the same settings are measured once."""
     found: dict[str, Record] = {}
     rows = []
     for n in counts:
         record, _ = base(METHODS[id], d, n, options.get("given"), start=options.get("start", False))
         same = json.dumps(record["knobs"], default=str)
         if same not in found:
-            found[same] = point(id, d, n, **options)
+            found[same] = point(Question(id, d, n, **options))
         rows.append({**found[same], "params": n, "note": found[same]["note"] or record["note"]})
     return rows
 

@@ -10,12 +10,11 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lab.coverage.maps import MAPS
+from lab.coverage.fit import REAL
 from lab.errors import LabError
 from lab.files import write_atomic
 
@@ -24,27 +23,27 @@ EVERY = 64  # writes of a process between two sweeps
 _written = 0
 
 
-def path(question: str, id: str) -> Path:
+def path(question: str) -> Path:
     from lab.runs import default_home
 
-    name = hashlib.sha256(f"{_code(id not in MAPS)} {question}".encode()).hexdigest()
+    name = hashlib.sha256(f"{_code()} {question}".encode()).hexdigest()
     return default_home() / "coverage" / f"{name}.json"
 
 
-def read(question: str, id: str) -> dict[str, Any] | None:
+def read(question: str) -> dict[str, Any] | None:
     """The point, or None when it is not there (or cannot be read)."""
     try:
-        found = json.loads(path(question, id).read_text(encoding="utf-8"))
+        found = json.loads(path(question).read_text(encoding="utf-8"))
     except (OSError, ValueError, LabError):
         return None
     return found if isinstance(found, dict) else None
 
 
-def write(question: str, id: str, record: dict[str, Any]) -> None:
+def write(question: str, record: dict[str, Any]) -> None:
     """Keep the point; a disk that is full or may not be written to keeps none."""
     global _written
     with contextlib.suppress(OSError, LabError):
-        to = path(question, id)
+        to = path(question)
         if _written % EVERY == 0:
             sweep(to.parent)
         _written += 1
@@ -62,19 +61,16 @@ def sweep(folder: Path, most: int = MOST) -> None:
 
 
 @functools.cache
-def _code(own: bool) -> str:
-    """A hash of the equations and measures, and where a method's own code is measured, of that code's."""
-    root = Path(__file__).resolve().parent
+def _code() -> str:
+    """A hash of all that a point depends on: measures, equations, the methods and what they and the settings for a number of
+    parameters are made with, the real target. A few milliseconds, once a process."""
+    lab = Path(__file__).resolve().parents[1]
     seen = hashlib.sha256()
-    for file in _sources(root, own):
-        seen.update(file.read_bytes())
-    for package in ("numpy", "torch", "peft") if own else ("numpy",):
+    for pattern in ("coverage/*.py", "methods/*.py", "budget*.py", "counter.py", "svd.py"):
+        for file in sorted(lab.glob(pattern)):
+            seen.update(file.read_bytes())
+    seen.update(REAL.read_bytes())
+    for package in ("numpy", "torch", "peft"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            seen.update(metadata.version(package).encode())
+            seen.update(f"{package} {metadata.version(package)}".encode())
     return seen.hexdigest()
-
-
-def _sources(root: Path, own: bool) -> Iterator[Path]:
-    yield from sorted(root.glob("*.py"))
-    yield root.parent / "budget.py"  # settings for a number of parameters
-    yield from sorted((root.parent / "methods").glob("*.py")) if own else ()

@@ -171,7 +171,7 @@ def _line(asked: View, id: str) -> list[list[float]]:
 def _points(asked: View, id: str) -> Iterator[Record]:
     """The method's points, each setting once. Of large layers those that are known; the queue measures the others."""
     if asked.large:
-        found: Any = (r for n in asked.wanted() if (r := curves.remembered(id, _question(asked, id, n))) is not None)
+        found: Any = (r for n in asked.wanted() if (r := curves.remembered(_question(asked, id, n))) is not None)
     elif apart.needed(id):
         found = apart.curve(id, asked.d, asked.wanted(), seed=asked.seed, target=asked.target)
     else:
@@ -185,7 +185,7 @@ def _points(asked: View, id: str) -> Iterator[Record]:
 
 def measured(asked: View, id: str, n: int) -> Record:
     """One point of the view, in this process. Raises LabError."""
-    return curves.point(id, asked.d, n, **_options(asked, id))
+    return curves.point(_question(asked, id, n))
 
 
 def missing(asked: View) -> list[tuple[str, int]]:
@@ -194,17 +194,13 @@ def missing(asked: View) -> list[tuple[str, int]]:
         (id, n)
         for id in asked.methods
         for n in asked.wanted()
-        if asked.large and curves.remembered(id, _question(asked, id, n)) is None
+        if asked.large and curves.remembered(_question(asked, id, n)) is None
     ]
 
 
-def _question(asked: View, id: str, n: int) -> str:
-    return curves.question(id, asked.d, n, **_options(asked, id))
-
-
-def _options(asked: View, id: str) -> dict[str, Any]:
+def _question(asked: View, id: str, n: int) -> curves.Question:
     own = apart.needed(id)  # those have spectra always, and a start of their own
-    return {"seed": asked.seed, "start": asked.start and not own, "target": asked.target, "spectra": own}
+    return curves.Question(id, asked.d, n, asked.seed, start=asked.start and not own, target=asked.target, spectra=own)
 
 
 def _drawn(asked: View, id: str, line: list[list[float]], rows: list[Record]) -> Record:
@@ -241,13 +237,13 @@ def spectrum(asked: View, id: str, n: int) -> Record:
     """The point with its spectra (a large layer's as the queue measured it: a span that was proved to be everything has
     none). Raises LabError."""
     if asked.large:
-        if (found := curves.remembered(id, _question(asked, id, n))) is None:
+        if (found := curves.remembered(_question(asked, id, n))) is None:
             raise LabError("This point is not measured yet.")
         return found
     if apart.needed(id):
         rows = apart.curve(id, asked.d, asked.wanted(), seed=asked.seed)
         return next((r for r in rows if r["trainable_parameters"] == n or r["params"] == n), rows[0])
-    return curves.point(id, asked.d, n, seed=asked.seed, start=asked.start)
+    return curves.point(curves.Question(id, asked.d, n, asked.seed, start=asked.start))
 
 
 COLUMNS = ("method", "d", "params", "trainable_parameters", "rank", "coverage", "closed_form", "closed_form_rank",
