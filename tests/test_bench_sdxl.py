@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from lab.bases import ASSETS, BASES
+from lab import budget
+from lab.bases import ASSETS, BASES, resolve
 from lab.bench import _fake_step, _sdxl_random, _tables, sdxl_block, sdxl_memory, sdxl_real
+from lab.methods import METHODS
+from lab.tasks import TASKS, subject
 from tests import small_sdxl as small
 
 
@@ -28,6 +31,27 @@ def config(small_sdxl: Any) -> dict[str, Any]:
 
 
 # -- memory -------------------------------------------------------------------------------------------------
+def test_the_default_comparison_fits_12_gb_at_equal_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDXL's presets as they come: LoRA and NoRA at 1024 px."""
+    spec, base = TASKS["subject"].check({"base": "sdxl", "class_word": "fox"}), BASES["sdxl"]
+    assert list(spec["methods"]) == ["lora", "nora"]
+    settings = {"resolution": base.resolution, "batch": spec["batch"], "checkpointing": spec["gradient_checkpointing"]}
+    counts = []
+    for id, knobs in spec["methods"].items():
+        monkeypatch.setitem(sdxl_memory.METHODS, "preset", (id, knobs))
+        assert sdxl_memory.total("preset", **settings) < sdxl_memory.usable(12), id
+        parsed = METHODS[id].knobs.parse(knobs)
+        counts.append(budget.count(METHODS[id], subject.layers(base, spec["targets"]), parsed))
+    assert counts[1] == pytest.approx(counts[0], rel=0.02)
+
+
+def test_sdxls_ranks_are_not_taken_for_narrower_folders(small_sdxl: Any) -> None:
+    folder = resolve(small_sdxl.source)
+    assert folder.preset("knobs") == {}
+    assert folder.preset("subject") == BASES["sdxl"].preset("subject")
+    assert BASES["sdxl"].preset("knobs")["nora"]["r_outer"] > 32
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("train", [False, True])
 def test_a_fake_step_counts_what_a_real_one_holds(config: dict[str, Any], checkpointing: bool, train: bool) -> None:

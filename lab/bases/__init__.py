@@ -207,7 +207,24 @@ def _like(**own: Any) -> Base:
 
 def _folder_row(path: Path) -> Base:
     own = {"name": path.name, "pixels": None, "architecture": str(path / "unet" / "config.json"), "variant": None}
-    return _like(id=str(path), source=str(path), summary="A local diffusers folder.", megabytes=None, **own)
+    return _like(
+        id=str(path),
+        source=str(path),
+        summary="A local diffusers folder.",
+        megabytes=None,
+        presets=_presets(path),
+        **own,
+    )
+
+
+def _presets(folder: Path) -> dict[str, dict[str, Any]]:
+    """SDXL's, but for its ranks where the UNet is of other widths, which they may exceed."""
+    every = BASES["sdxl"].presets
+    try:
+        widths = _config(folder / "unet" / "config.json")["block_out_channels"]
+    except (LabError, KeyError, TypeError):  # told when it is loaded
+        return every
+    return every if widths == [320, 640, 1280] else {name: v for name, v in every.items() if name != "knobs"}
 
 
 def _file_row(path: Path) -> Base:

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lab.bases.sdxl import PRESETS
 from lab.bench import _tables
 
 HELP = "estimated peak memory of SDXL training, by method, settings and card"
@@ -26,11 +27,12 @@ FIELDS = ("step", "checkpointing", "resolution", "weights", "peak")
 CARDS = (12, 16, 24, 48, 80)  # GB on the box, GiB in fact or a little less
 LEFT_SHARE, LEFT_BYTES = 0.08, 600 * 2**20  # for the allocator's gaps; for CUDA's context and the libraries
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA, r 4 (preset)": ("lora", {}),
     "LoRA, r 8": ("lora", {"r": 8}),
     "LoRA, r 64": ("lora", {"r": 64}),
     "DoRA, r 8": ("dora", {"r": 8}),
     "NoRA, r_outer 0.8": ("nora", {}),
-    "NoRA, r_outer 128": ("nora", {"r_outer": 128}),
+    "NoRA, r_outer 128, r_inner 40 (preset)": ("nora", PRESETS["knobs"]["nora"]),
     "NOLA, hadamard": ("nola", {"r": 8, "basis": "hadamard"}),
     "VeRA": ("vera", {}),
 }
