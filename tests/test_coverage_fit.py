@@ -175,6 +175,18 @@ def test_least_squares_when_parameters_are_of_no_use() -> None:
         assert fit.linear(update, goal) == pytest.approx(wanted, abs=1e-9), (useful, size)
 
 
+def test_least_squares_of_rows_that_are_nearly_dependent() -> None:
+    rng = np.random.default_rng(0)
+    for near in (1e-2, 1e-4, 1e-6, 1e-9, 0):
+        J, t = rng.standard_normal((12, 40)), rng.standard_normal(40)
+        J[3] = J[4] + near * J[3]
+        Q = np.linalg.svd(J, full_matrices=False)[2][: 12 if near > 1e-8 else 11]
+        left = fit._outside(J, t)
+        assert (left is None) == (near < 1e-5), near
+        if left is not None:
+            assert np.allclose(left, t - Q.T @ (Q @ t), atol=1e-9), near
+
+
 class _Shifted(maps.UpdateMap):
     def jacobian(self, theta: np.ndarray) -> np.ndarray:
         return self.delta(np.eye(self.size)) - self.delta(np.zeros((1, self.size)))

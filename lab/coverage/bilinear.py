@@ -96,18 +96,18 @@ def _root(gram: Array) -> Array:
     ridge = FLAT * (np.trace(gram, axis1=1, axis2=2).mean() / side or 1.0)
     for _ in range(8):
         try:
-            return _inverse(np.linalg.cholesky(gram + ridge * np.eye(side))).mT
+            return inverse(np.linalg.cholesky(gram + ridge * np.eye(side))).mT
         except np.linalg.LinAlgError:
             ridge *= 100
     raise np.linalg.LinAlgError("the Gram matrix is not finite")
 
 
-def _inverse(lower: Array) -> Array:
+def inverse(lower: Array) -> Array:
     """Of lower triangles, by halves: a sixth of the work of NumPy's inverse, which takes no notice of the zeros."""
     if (n := lower.shape[-1]) <= 64:
         return np.linalg.inv(lower)
     h, out = n // 2, np.zeros_like(lower)
-    out[..., :h, :h], out[..., h:, h:] = _inverse(lower[..., :h, :h]), _inverse(lower[..., h:, h:])
+    out[..., :h, :h], out[..., h:, h:] = inverse(lower[..., :h, :h]), inverse(lower[..., h:, h:])
     out[..., h:, :h] = -out[..., h:, h:] @ (lower[..., h:, :h] @ out[..., :h, :h])
     return out
 
@@ -121,7 +121,7 @@ def _step(hessian: Array, outer: Array, slope: Array, damping: float) -> Array |
     """The damped step, or None where the matrix is not positive definite."""
     shifted = hessian + damping * (np.trace(outer) / len(outer) or 1.0) * np.eye(len(outer))
     try:
-        root = _inverse(np.linalg.cholesky(shifted))
+        root = inverse(np.linalg.cholesky(shifted))
     except np.linalg.LinAlgError:
         return None
     return root.T @ (root @ slope)

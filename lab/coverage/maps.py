@@ -38,6 +38,7 @@ class UpdateMap:
     linear: bool = False
     pair: Bilinear | None = None
     nearest: Callable[[Array], Array] | None = None
+    basis: Array | None = None  # (p, d²), where a linear map keeps it as it is
 
     @property
     def size(self) -> int:
@@ -56,7 +57,7 @@ class UpdateMap:
         """∂ΔW/∂θ (p, d²) at θ (p,), by the complex step Im ΔW(θ + i·h·eⱼ)/h: exact to rounding, no cancellation."""
         p = self.size
         if self.linear:
-            return self.delta(np.eye(p))
+            return self.delta(np.eye(p)) if self.basis is None else self.basis
         out = np.empty((p, self.d * self.d))
         step, rows = 1e-30, max(1, (1 << 20) // (self.d * self.d))
         for first in range(0, p, rows):
@@ -190,7 +191,7 @@ def pranc(d: int, knobs: Any, seed: int) -> UpdateMap:
     """Σ αᵢvᵢ."""
     kind = "uniform" if knobs.basis == "auto" else knobs.basis
     v = vectors(kind, knobs.k, d * d, generator(seed, "pranc", d))
-    return UpdateMap(d, {"alpha": (knobs.k,)}, lambda t: (t["alpha"] @ v).reshape(-1, d, d), linear=True)
+    return UpdateMap(d, {"alpha": (knobs.k,)}, lambda t: (t["alpha"] @ v).reshape(-1, d, d), linear=True, basis=v)
 
 
 def vectors(basis: str, k: int, size: int, rng: np.random.Generator) -> Array:
