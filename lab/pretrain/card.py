@@ -64,12 +64,15 @@ positions and backgrounds are new, the emoji are those of training.
 | unet | UNet2DConditionModel, channels {unet_channels}, cross-attention {cross}, {unet_m:.1f} M | {unet} |
 
 AdamW, warm-up, constant rate, cosine fall over the last third; averaged weights; bf16 autocast; clipping at 1. CLIP:
-batch 192, rate 8e-4; captions matched with all fitting pictures, every picture compared with the names of all concepts.
-VAE: batch 24 to 32, rate 8e-4; absolute, squared and slope error, KL 1e-4; decoder with a perceptual term from the
-CLIP tower's first two layers. UNet: AdamW, batch 64, rate 4e-4 for 7,450 steps; Muon, with
-plain prompts meaning the 3d style alone, batch 80, rate 3e-4 falling to 0 for 900, then batch 128, rate 5e-4 falling to
-0, on scenes whose subject moves by 3 % of the side (6 % before) and is never mirrored; v-prediction, zero terminal
-SNR, 10 % empty prompts. Tokenizer: CLIP's first 8,000 merges, vocabulary 8,514, context 32.
+batch 192, rate 8e-4; captions matched with all fitting pictures, every picture compared with the names of all
+concepts. VAE: batch 24 to 32, rate 8e-4; absolute, squared and slope error, KL 1e-4; its eight latent channels grew
+from four (`widen.py`: 1,000 steps in which the first four were held to the old encoder's); decoder with a perceptual
+term from the CLIP tower's first two layers. Image tower alone: batch 96, rate 4e-4; a scene and the same scene once
+through the VAE brought to the embedding that the scene had (`image.py`), text towers as they were. UNet: AdamW, batch
+64, rate 4e-4 for 7,450 steps; Muon, with plain prompts meaning the 3d style alone, batch 80, rate 3e-4 falling to 0
+for 900, then batch 128, rate 5e-4 falling to 0, on scenes whose subject moves by 3 % of the side (6 % before) and is
+never mirrored, 1,700 steps for four latent channels and 1,000 for eight; v-prediction, zero terminal SNR, 10 % empty
+prompts. Tokenizer: CLIP's first 8,000 merges, vocabulary 8,514, context 32.
 Sampling: Euler, trailing, 20 steps (as scored) or 25, guidance 3.5 (the start was scored at 5).
 
 ## Scores
