@@ -30,6 +30,8 @@ register(
                     "a {subject} on the beach",
                     "a {subject} at night under the stars",
                     "a {subject} under the sea",
+                    "a {subject} in the desert",
+                    "a {subject} in the forest",
                 ],
             },
             "learning_rates": {"lora": 2e-3, "nora": 3e-3},
