@@ -82,7 +82,10 @@ def _sample(model: Any, unit: dict[str, Any], share: float) -> dict[str, Any]:
     if kind == "UNet2DConditionModel":
         c = model.config
         words = torch.zeros(1, unit["tokens"], c.cross_attention_dim)
-        found = {"sample": torch.zeros(1, 4, side, side), "timestep": torch.zeros(1, dtype=torch.long)}
+        found = {
+            "sample": torch.zeros(1, c.in_channels, side, side),
+            "timestep": torch.zeros(1, dtype=torch.long),
+        }
         if c.addition_embed_type == "text_time":
             pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
             extra = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}

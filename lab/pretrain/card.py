@@ -97,9 +97,9 @@ def _scores(numbers: dict) -> str:
         )
     notes = (
         [
-            '"The start": the weights this lab began with. Both bases\' pictures are judged by this CLIP tower, on the '
-            "same seeds; the start's recall and real shares are its own tower's, and it was scored on the 219 concepts "
-            "of its time, of which 58 that the tower confuses were dropped since."
+            '"The start": the weights this lab began with, scored on the 219 concepts of its time, of which 58 that the '
+            "CLIP tower confuses were dropped since. Its pictures were judged by this tower as it was before the stage "
+            '"image", on the same seeds; its recall and real shares are its own tower\'s.'
         ]
         if before
         else []
