@@ -21,12 +21,7 @@ from lab.methods.deltas import deltas
 ATTN = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LAB_HOME", str(tmp_path_factory.mktemp("lab")))
-        torch.set_num_threads(1)
-        yield
+pytestmark = pytest.mark.usefixtures("module_home", "one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +72,7 @@ def test_a_saved_run_of_every_method(method, pipe, tmp_path):
             "text_embeds": torch.zeros(1, pipe.text_encoder_2.config.projection_dim),
             "time_ids": torch.zeros(1, 6),
         }
-        noisy = torch.randn(1, 4, size, size, generator=generator)
+        noisy = torch.randn(1, pipe.unet.config.in_channels, size, size, generator=generator)
         return pipe.unet(noisy, 10, text, added_cond_kwargs=extra).sample.square().mean()
 
     model = method.attach(pipe.unet, method.knobs(), names, seed=3, calibrate=calibrate)

@@ -15,13 +15,7 @@ from lab.tasks import TASKS, PlannedRun
 from lab.tasks._adapters import as_inputs, sources
 from lab.ui import _xray_compress, _xray_jobs, _xray_merge
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LAB_HOME", str(tmp_path_factory.mktemp("lab")))
-        torch.set_num_threads(1)
-        yield
+pytestmark = pytest.mark.usefixtures("module_home", "one_thread")
 
 
 @pytest.fixture(scope="module")

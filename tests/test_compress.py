@@ -25,12 +25,7 @@ SIZES = {  # settings for the reach test; budgets that every method can spend on
 BUDGETS = (200, 600, 1600)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LAB_HOME", str(tmp_path_factory.mktemp("lab")))
-        torch.set_num_threads(1)
-        yield
+pytestmark = pytest.mark.usefixtures("module_home", "one_thread")
 
 
 class Block(nn.Module):

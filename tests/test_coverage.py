@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,21 +13,12 @@ import pytest
 from lab import cli
 from lab.coverage import Question, closed_form, curve, maps, measure, point
 from lab.coverage.closed import FORMS
-from lab.coverage.curves import base, check_counts, layer, settings, update_map
+from lab.coverage.curves import base, check_counts, layer, settings
 from lab.errors import LabError
 from lab.methods import METHODS
+from tests.coverage_helpers import made
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LAB_HOME", str(tmp_path_factory.mktemp("lab")))
-        yield
-
-
-def made(id: str, d: int, n: int, **options: Any) -> tuple[maps.UpdateMap, Any]:
-    knobs = settings(METHODS[id], d, n).knobs
-    return update_map(METHODS[id], d, knobs, 0, **options), knobs
+pytestmark = pytest.mark.usefixtures("module_home")
 
 
 def measured(update: maps.UpdateMap, expected: int) -> tuple[int, int, int]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -12,18 +9,9 @@ from lab.coverage import Question, fit, hadamard, kronecker, maps, point
 from lab.coverage.curves import settings, update_map
 from lab.errors import LabError
 from lab.methods import METHODS
+from tests.coverage_helpers import made
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LAB_HOME", str(tmp_path_factory.mktemp("lab")))
-        yield
-
-
-def made(id: str, d: int, n: int, **options: Any) -> tuple[maps.UpdateMap, Any]:
-    knobs = settings(METHODS[id], d, n).knobs
-    return update_map(METHODS[id], d, knobs, 0, **options), knobs
+pytestmark = pytest.mark.usefixtures("module_home")
 
 
 def test_fits_are_as_near_as_can_be() -> None:

@@ -20,12 +20,7 @@ PROMPT = "a fox in the snow"
 ROLES = "attn,conv"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LAB_HOME", str(tmp_path_factory.mktemp("lab")))
-        torch.set_num_threads(1)
-        yield
+pytestmark = pytest.mark.usefixtures("module_home", "one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,7 @@ from lab.methods import METHODS
 from lab.methods.deltas import Delta, deltas
 from tests.test_compress import dense, fox, low_rank, net  # noqa: F401 - fox is a fixture
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LAB_HOME", str(tmp_path_factory.mktemp("lab")))
-        torch.set_num_threads(1)
-        yield
+pytestmark = pytest.mark.usefixtures("module_home", "one_thread")
 
 
 def one(seed=1):

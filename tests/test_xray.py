@@ -30,12 +30,7 @@ NAMES = [f"down_blocks.1.attentions.0.transformer_blocks.0.{p}" for p in ("attn1
 CONV = "down_blocks.1.resnets.0.conv1"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LAB_HOME", str(tmp_path_factory.mktemp("lab")))
-        torch.set_num_threads(1)
-        yield
+pytestmark = pytest.mark.usefixtures("module_home", "one_thread")
 
 
 def draw(*shape, seed=0):
