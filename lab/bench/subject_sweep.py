@@ -23,7 +23,7 @@ HELP = "search and check the subject task's presets on the embedded base"
 HERE = Path(__file__).parent
 SEARCHED = {  # method: settings, learning rates
     "lora": [({"r": 4}, (2e-3, 4e-3, 1e-3))],
-    "nora": [({"r_outer": 0.5, "r_inner": 4}, (1e-2, 5e-3)), ({"r_outer": 0.8, "r_inner": 4}, (5e-3, 2.5e-3))],
+    "nora": [({"r_outer": 0.5, "r_inner": 4}, (3e-3, 6e-3, 1.5e-3))],
 }
 PROBED = (100, 150, 200, 300)  # steps at which a search run is scored
 FIELDS = (

@@ -179,7 +179,11 @@ def separable(update: UpdateMap, goal: Array, seed: int, starts: int | None = No
     pair = update.pair
     near = [pair.near(goal)] if isinstance(pair, RowsPair) else []
     drawn = (generator(seed, "fit", i, update.d, update.size).standard_normal(pair.x) for i in range(many - len(near)))
-    return min(bilinear.descend(pair, goal, x).norm for x in (*near, *drawn)) / float(np.linalg.norm(goal))
+    # With a free scale a row the error falls slowly to the end; without, half of the
+    # time goes into its last 0.4 %.
+    settled = bilinear.SETTLED if isinstance(pair, RowsPair) else 2.5 * bilinear.SETTLED
+    found = (bilinear.descend(pair, goal, x, settled=settled).norm for x in (*near, *drawn))
+    return min(found) / float(np.linalg.norm(goal))
 
 
 def nonlinear(update: UpdateMap, goal: Array, seed: int, steps: int = STEPS, starts: int = STARTS) -> float:
