@@ -24,7 +24,7 @@ HEAD = "# Few-shot, measured\n"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where runs are kept (default: under LAB_HOME)")
     parser.add_argument("--shots", default="4,16", metavar="A,B")
-    parser.add_argument("--seeds", default="1,2,3", metavar="A,B")
+    parser.add_argument("--seeds", default="4,5,6", metavar="A,B")
     parser.add_argument("--method", action="append", metavar="ID", help="instead of the whole table")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="runs done at once (default 2)")
     parser.add_argument("--only", action="store_true", help="compute nothing, report what is there")
