@@ -144,8 +144,7 @@ def assemble(
         made.clip.visual = unet.frozen("image", made.clip.visual)
     auto = auto or vae.build()
     scale = vae.scaling_factor(unet.frozen("vae", auto), sprites or load_sprites())
-    decoder = "decoder" if (home() / "decoder.pt").exists() else "vae"
-    auto = unet.frozen(decoder, auto)
+    auto = unet.frozen(vae.last_stage(), auto)
     conditions = unet.Conditions(made)
     side = auto.config.sample_size // 2 ** (len(auto.config.block_out_channels) - 1)
     net = unet.frozen(

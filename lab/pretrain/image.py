@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.pretrain import clip, unet, vae
-from lab.pretrain.common import Trainer, autocast, device, generator, home
+from lab.pretrain.common import Trainer, autocast, device, generator
 from lab.pretrain.concepts import CONCEPTS, prompt
 from lab.pretrain.sprites import Sprites
 
@@ -64,8 +64,7 @@ def train(
 ) -> Trainer:
     """Train, or go on training, up to `steps`; needs the stages "clip" and "vae"."""
     towers = unet.frozen("clip", towers or clip.Towers())
-    decoder = "decoder" if (home() / "decoder.pt").exists() else "vae"
-    step = Step(sprites, towers, unet.frozen(decoder, auto or vae.build()), batch)
+    step = Step(sprites, towers, unet.frozen(vae.last_stage(), auto or vae.build()), batch)
     trainer = Trainer("image", towers.clip.visual.requires_grad_(True), peak=4e-4, weight_decay=0.01, ema=0.98)
     trainer.decay = 0.95  # the weights are far along: only the fall
     trainer.run(steps, step)

@@ -72,6 +72,11 @@ def pixel_loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (out - target).abs().mean() + 2 * F.mse_loss(out, target) + 0.5 * slopes
 
 
+def last_stage() -> str:
+    """Whose checkpoint holds the VAE as it is used: "decoder" where that stage was run, else "vae"."""
+    return "decoder" if (home() / "decoder.pt").exists() else "vae"
+
+
 class Perception:
     """Distance in the first layers of the frozen CLIP image tower."""
 
