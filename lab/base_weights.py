@@ -7,13 +7,13 @@ Layers have the names of adapter files: the UNet's without a prefix, the text en
 from __future__ import annotations
 
 import functools
-import json
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.bases import BASES, Base, resolve
 from lab.errors import LabError
+from lab.files import safetensors_table
 from lab.kohya import in_text_model
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _layer(prefix: str, key: str) -> str:
 
 def _header(file: Path) -> dict[str, Shape]:
     with file.open("rb") as opened:
-        table = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        _, table = safetensors_table(opened)
     return {k: tuple(v["shape"]) for k, v in table.items() if k != "__metadata__"}
 
 

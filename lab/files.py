@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and what a safetensors file says of itself."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lab.errors import LabError
+
+HEADER_BYTES = 100_000_000  # of a safetensors file: the format's own limit
 
 
 def write_atomic(path: Path, content: bytes | str | Callable[[Path], Any]) -> None:
@@ -40,3 +42,13 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], Any]) -> No
 def write_json(path: Path, value: Any) -> None:
     """One JSON object, indented, atomically. Raises ValueError on NaN or infinity."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def safetensors_table(file: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """(length of the header in bytes, its entries) of an opened safetensors file that the lab was given by its owner; of a
+    stranger's, `lab.adapter_files` says what is wrong with it. Raises ValueError or TypeError when it
+    has no such header."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes")
+    return length, dict(json.loads(file.read(length)))

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from lab import hub
 from lab.errors import LabError
-from lab.files import write_json
+from lab.files import HEADER_BYTES, safetensors_table, write_json
 
 if TYPE_CHECKING:
     from lab.bases import Base
 
 FILE = "base.json"  # in a comparison's folder
 PIECE = 1024  # bytes from the middle of each tensor
-HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 def hold(base: Base, folder: Path) -> None:
@@ -77,13 +76,10 @@ def _print(path: Path) -> str:
 
 def _pieces(file: BinaryIO, size: int) -> list[tuple[int, int]]:
     """(start, length) of what is read of a safetensors file; of a broken one, which loading will tell, the beginning."""
-    header = int.from_bytes(file.read(8), "little")
-    if header > min(size, HEADER_BYTES):
-        return [(0, HEADER_BYTES)]
     try:
-        table = json.loads(file.read(header))
+        header, table = safetensors_table(file)
         spans = [value["data_offsets"] for key, value in table.items() if key != "__metadata__"]
         pieces = [(8 + header + max(a, (a + b - PIECE) // 2), min(PIECE, b - a)) for a, b in sorted(spans)]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pieces = []
+    except (ValueError, TypeError, KeyError):
+        return [(0, min(size, HEADER_BYTES))]
     return [(0, 8 + header), *pieces]

@@ -52,9 +52,10 @@ def descend(goal: Array, at: Factors, steps: int = STEPS) -> tuple[float, Factor
         for _ in range(8):
             tried = at.moved(*system.step(damping))
             P, Q = tried.products()
-            size = float(np.linalg.norm(P * Q - goal))
+            tried_left = P * Q - goal
+            size = float(np.linalg.norm(tried_left))
             if size < norm:
-                at, left, norm, found, damping = tried, P * Q - goal, size, True, max(damping / 5, 1e-12)
+                at, left, norm, found, damping = tried, tried_left, size, True, max(damping / 5, 1e-12)
                 break
             damping *= 4
         if not found or before - norm <= SETTLED * before or norm < 1e-10:
