@@ -124,6 +124,8 @@ def attempt(home: Path, run_id: str, parent: int = 0) -> int:
         code, message = DONE, ""
     over.set()
     watch.join()  # nothing is written once the end is told
+    if _replaced(orders_path(home, run_id), orders["token"]):
+        return CANCELLED  # the end of the attempt in its place is the one to be told
     progress.beat()  # where it ended
     return _tell(folder, orders["token"], code, message)
 
@@ -204,11 +206,16 @@ def _watch(progress: Progress, parent: int, orders: Path, token: str, over: thre
     """
     while not over.wait(BEAT_SECONDS):
         progress.beat()
-        now = reading.json_file(orders)
-        if (parent and os.getppid() != parent) or (now is not None and now.get("token") != token):
+        if (parent and os.getppid() != parent) or _replaced(orders, token):
             if os.getpgrp() == os.getpid():
                 os.killpg(os.getpid(), signal.SIGKILL)
             os._exit(CANCELLED)
+
+
+def _replaced(orders: Path, token: str) -> bool:
+    """Whether another attempt at the same run has been started since."""
+    now = reading.json_file(orders)
+    return now is not None and now.get("token") != token
 
 
 def _say(text: str) -> None:
