@@ -213,9 +213,10 @@ def _watch(progress: Progress, parent: int, orders: Path, token: str, over: thre
 
 
 def _replaced(orders: Path, token: str) -> bool:
-    """Whether another attempt at the same run has been started since."""
+    """Whether another attempt at the same run has been started since, or even come to its end (which takes the orders
+    away)."""
     now = reading.json_file(orders)
-    return now is not None and now.get("token") != token
+    return not orders.exists() if now is None else now.get("token") != token
 
 
 def _say(text: str) -> None:

@@ -45,8 +45,10 @@ class Setup:
     examples: gr.HTML
     send: gr.UploadButton
     summary: gr.HTML
-    notice: gr.HTML
     train: gr.Button
+    unused: gr.HTML  # what was wrong with pictures, beside where they are given
+    unused_adapters: gr.HTML  # the same of adapter files
+    notice: gr.HTML  # what Train says
 
 
 def build() -> Setup:
@@ -57,6 +59,7 @@ def build() -> Setup:
                 label="Pictures (and captions as .txt of the same name)",
                 file_count="multiple", height=150, elem_id="upload",
             )  # fmt: skip
+            unused = _sentences("unused-files")
             gallery = view(_examples(), apply_default_css=False, elem_id="examples")
             pictures = gr.HTML(
                 [],
@@ -98,13 +101,19 @@ def build() -> Setup:
                     scale=1,
                     min_width=160,
                 )
+            unused_adapters = _sentences("unused-adapters")
             controls = settings.build()
         with gr.Column(scale=3, min_width=290, elem_classes="aside"):
             summary = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="summary")
             train = gr.Button("Train", variant="primary", size="lg", elem_id="train", elem_classes="train")
-            notice = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="notice")
+            notice = _sentences("notice")
     form = {"pictures": pictures, "class_word": class_word, "trigger": trigger, "picker": picker}
-    return Setup(form | {"adapters": adapters} | controls, files, gallery, send, summary, notice, train)
+    form |= {"adapters": adapters} | controls
+    return Setup(form, files, gallery, send, summary, train, unused, unused_adapters, notice)
+
+
+def _sentences(id: str) -> gr.HTML:
+    return gr.HTML(apply_default_css=False, js_on_load=None, elem_id=id)
 
 
 def _examples() -> str:

@@ -79,7 +79,7 @@ def _wire_setup(page: Page, form: setup.Setup) -> None:
     form.send.upload(
         sentences(sent),
         [form.send, beside],
-        [beside, form.notice],
+        [beside, form.unused_adapters],
         api_visibility="private",
         show_progress_on=form.send,
     ).then(**again)
@@ -89,11 +89,11 @@ def _wire_setup(page: Page, form: setup.Setup) -> None:
     form.files.upload(
         sentences(added),
         [form.files, pictures],
-        [pictures, form.notice, form.files],
+        [pictures, form.unused, form.files],
         api_visibility="private",
         show_progress_on=form.files,
     ).then(**again)
-    form.examples.click(sentences(example), None, [pictures, class_word, form.notice], **QUIET).then(**again)
+    form.examples.click(sentences(example), None, [pictures, class_word, form.unused], **QUIET).then(**again)
     form.form["base"].input(sentences(rebased), form.form["base"], [*controls, picker], **QUIET)
     words = [pictures, class_word, form.form["trigger"], picker]
     page.demo.load(sentences(restored), None, words, **QUIET).then(**again)

@@ -62,7 +62,7 @@ def test_the_whole_path(page_address: str, chrome: Any, files: list[str], tmp_pa
     # Pictures: the good ones appear, the bad one is named in a sentence.
     page.locator("#upload input[type=file]").set_input_files(files)
     page.locator(".pic").nth(2).wait_for()
-    assert "broken.png" in page.locator("#notice .notice").inner_text()
+    assert "broken.png" in page.locator("#unused-files .notice").inner_text()
     assert page.locator(".pic").count() == 3
     assert "a disc on sand" in [t.input_value() for t in page.locator(".pic textarea").all()]
     crop_and_caption(page)
