@@ -16,8 +16,10 @@ from lab import comparison
 from lab.bases import BASES, Base, _prints, resolve
 from lab.errors import LabError
 from lab.jobs import child
+from lab.tasks import TASKS
 from tests import small_sdxl as small
 
+ROOT = Path(__file__).resolve().parents[1]
 CHANGED = (
     r"^The base model moving has changed since this comparison began \((\S+)\), and its runs would not be of one base"
 )
@@ -67,6 +69,21 @@ def test_a_queued_run_is_not_resumed_on_other_weights(moving: Base, tmp_path: Pa
     with pytest.raises(LabError, match=CHANGED) as told:
         child._run(tmp_path, orders, tmp_path / "c" / "runs" / "base-s0", progress)
     assert child.explain(told.value, tmp_path) == (child.FAILED, str(told.value))
+
+
+def test_a_few_shot_folder_is_not_resumed_on_other_weights(tmp_path: Path) -> None:
+    model, out = tmp_path / "clip", tmp_path / "out"
+    shutil.copytree(ROOT / "assets" / "tiny-clip", model)
+    given = {"base": str(model), "dataset": "digits", "methods": {"zero-shot": {}}, "shots": [1], "seeds": [1]}
+    runs = comparison.run_all(out, "fewshot", comparison.start(out, "fewshot", given, []), quiet)
+    assert [run["state"] for run in runs] == ["done"]
+    comparison.start(out, "fewshot", given, [])
+    train_on(model / "open_clip_model.safetensors")
+    with pytest.raises(LabError, match="has changed since this comparison began \\(open_clip_model.safetensors\\)"):
+        comparison.start(out, "fewshot", given, [])
+    more = comparison.run_all(out, "fewshot", TASKS["fewshot"].check(given | {"seeds": [1, 2]}), quiet)
+    assert [run["state"] for run in more] == ["done", "failed"]
+    assert "start a new comparison, or put the old files back" in more[1]["message"]
 
 
 def test_every_tensor_and_every_configuration_counts(small_sdxl: Base, tmp_path: Path) -> None:
