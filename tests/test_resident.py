@@ -60,7 +60,7 @@ def pid(folder: Path) -> int:
 
 
 # -- the same results ------------------------------------------------------------------------------------
-METHODS: dict[str, Any] = {"lora": {"dropout": 0.2}, "bitfit": {}, "pissa": {}}
+METHODS: dict[str, Any] = {"bitfit": {}, "pissa": {"dropout": 0.2}}
 
 
 def written(folder: Path) -> dict[str, bytes]:

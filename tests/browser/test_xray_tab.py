@@ -18,13 +18,13 @@ NAMES = [f"down_blocks.1.attentions.0.transformer_blocks.0.attn{i}.to_{p}" for i
 pytestmark = marks(600)
 
 
-def adapter(path: Path, seed: int) -> str:
-    """A LoRA of rank 3 on six layers of the embedded base, as diffusers writes it."""
+def adapter(path: Path, seed: int, rank: int = 3) -> str:
+    """A LoRA on six layers of the embedded base, as diffusers writes it."""
     draw, tensors = torch.Generator().manual_seed(seed), {}
     for name in NAMES:
         m, n = weights("tiny-sdxl").layers()[name]
-        tensors[f"unet.{name}.lora_A.weight"] = torch.randn(3, n, generator=draw)
-        tensors[f"unet.{name}.lora_B.weight"] = torch.randn(m, 3, generator=draw) * 0.1
+        tensors[f"unet.{name}.lora_A.weight"] = torch.randn(rank, n, generator=draw)
+        tensors[f"unet.{name}.lora_B.weight"] = torch.randn(m, rank, generator=draw) * 0.1
     save_file(tensors, path)
     return str(path)
 
