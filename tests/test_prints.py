@@ -79,7 +79,7 @@ def test_a_few_shot_folder_is_not_resumed_on_other_weights(tmp_path: Path) -> No
     assert [run["state"] for run in runs] == ["done"]
     comparison.start(out, "fewshot", given, [])
     train_on(model / "open_clip_model.safetensors")
-    with pytest.raises(LabError, match="has changed since this comparison began \\(open_clip_model.safetensors\\)"):
+    with pytest.raises(LabError, match=r"has changed since this comparison began \(open_clip_model\.safetensors\)"):
         comparison.start(out, "fewshot", given, [])
     more = comparison.run_all(out, "fewshot", TASKS["fewshot"].check(given | {"seeds": [1, 2]}), quiet)
     assert [run["state"] for run in more] == ["done", "failed"]
