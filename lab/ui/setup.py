@@ -108,7 +108,7 @@ def build() -> Setup:
             train = gr.Button("Train", variant="primary", size="lg", elem_id="train", elem_classes="train")
             notice = _sentences("notice")
     form = {"pictures": pictures, "class_word": class_word, "trigger": trigger, "picker": picker}
-    form |= {"adapters": adapters} | controls
+    form = form | {"adapters": adapters} | controls
     return Setup(form, files, gallery, send, summary, train, unused, unused_adapters, notice)
 
 
