@@ -1,4 +1,4 @@
-"""One page a module of tests."""
+"""One page for all tests of a process: each visits it as somebody else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.browser import server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def page_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with server(tmp_path_factory.mktemp("home")) as address:
         yield address
