@@ -19,7 +19,8 @@ from lab.methods.own import OwnMethod
 from lab.methods.spec import Method
 
 NAME = "layer"
-BATCH = 1024  # entries of ΔW that are differentiated at once
+BATCH = 1024  # entries of ΔW that are differentiated at once, backwards
+NUMBERS = 1 << 20  # of a Jacobian that are computed at once, forwards
 ROUNDING = 1e-6  # share of ΔW: what rounding in single precision leaves of linearity
 
 
@@ -39,18 +40,33 @@ class CodeMap(UpdateMap):
         return np.where(np.linalg.norm(made, axis=1, keepdims=True) > 1e-10, made, 0.0)
 
     def jacobian(self, theta: Array) -> Array:
-        """By automatic differentiation, backwards, many entries of ΔW at once."""
-        point = torch.from_numpy(np.ascontiguousarray(theta)).requires_grad_(True)
+        """By automatic differentiation, many directions at once: forwards, or backwards where a method's code has
+        something that only goes backwards."""
+        point = torch.from_numpy(np.ascontiguousarray(theta))
+        try:
+            return self._forwards(point)
+        except RuntimeError:  # PEFT's own autograd.Function
+            return self._backwards(point.requires_grad_(True))
+
+    def _forwards(self, point: torch.Tensor) -> Array:
+        def pushed(direction: torch.Tensor) -> torch.Tensor:
+            return torch.func.jvp(lambda t: self.evaluate(t).reshape(-1), (point,), (direction,))[1]
+
+        push = torch.func.vmap(pushed, chunk_size=max(1, NUMBERS // self.d**2))
+        return push(torch.eye(self.size, dtype=point.dtype)).double().numpy()
+
+    def _backwards(self, point: torch.Tensor) -> Array:
         out = self.evaluate(point).reshape(-1)
         if not out.requires_grad:
             return np.zeros((self.size, len(out)))
+        whole = torch.eye(len(out), dtype=out.dtype)
         try:
-            rows = [self._pulled(out, point, part) for part in torch.eye(len(out), dtype=out.dtype).split(BATCH)]
+            rows = [self._pulled(out, point, part) for part in whole.split(BATCH)]
         except RuntimeError:  # an operation that autograd cannot batch (einsum in PEFT's own Function, a sparse matrix)
             if self.linear:
                 origin = np.zeros((1, self.size))
                 return self.delta(np.eye(self.size)) - self.delta(origin)
-            rows = [self._pulled(out, point, part[0])[None] for part in torch.eye(len(out), dtype=out.dtype).split(1)]
+            rows = [self._pulled(out, point, part[0])[None] for part in whole.split(1)]
         return torch.cat(rows).T.double().numpy()
 
     def _pulled(self, out: torch.Tensor, point: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
@@ -60,9 +76,9 @@ class CodeMap(UpdateMap):
         )
         return found if found is not None else out.new_zeros((*directions.shape[:-1], self.size))
 
-    def draw(self, rng: np.random.Generator, count: int) -> Array:
-        """The start plus normal numbers as large as each tensor's start; of size one where it starts at zero."""
-        return self.origin + self.scale * rng.standard_normal((count, self.size))
+    def about(self, noise: Array) -> Array:
+        """The start plus the noise, as large as each tensor's start; of size one where it starts at zero."""
+        return self.origin + self.scale * noise
 
 
 def code(method: Method, d: int, knobs: Any, seed: int) -> CodeMap:

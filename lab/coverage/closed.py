@@ -178,12 +178,6 @@ def _adalora(d: int, knobs: Any) -> Closed:
     return low_rank(d, knobs.init_r)
 
 
-def _delora(d: int, knobs: Any) -> Closed:
-    """Σ of r rank-one matrices of one common length λ: 2(d − 1) directions each and λ; never more than M_r has."""
-    r = min(knobs.r, d)
-    return Closed(d * d, min(r * (2 * d - 2) + 1, r * (2 * d - r)), r)
-
-
 def _psoft(d: int, knobs: Any) -> Closed:
     """diag(α)·R·diag(β) with R a rotation of r dimensions: r(r − 1)/2 + 2r numbers of which one, α → cα, β → β/c,
     cancels; never more than the r² of the subspace, all of which they span."""
@@ -233,7 +227,9 @@ FORMS: Mapping[str, Callable[[int, Any], Closed]] = {
     "lora-ga": _started,
     "nlora": _started,
     "lora-fa": _frozen_a,
-    "delora": _delora,
+    # Any B·A has factors whose r products of lengths ‖b_i‖‖a_i‖ are equal: with ΔW = U·S·Vᵀ, B = U·S^½·Q and A = Qᵀ·S^½·Vᵀ
+    # have qᵢᵀ·S·qᵢ, and some rotation Q makes that diagonal constant (Schur–Horn). DeLoRA's one length is as good as r.
+    "delora": _lora,
     "lora-sb": _square,
     "psoft": _psoft,
     "randlora": _randlora,
@@ -272,7 +268,7 @@ def closed_form(method: str, d: int, knobs: Any, *, start: bool = False) -> Clos
 def image_rank(method: str, knobs: Any) -> int | None:
     """ρ of the methods that reach all of M_ρ, plus a fixed matrix: B·A of free factors, or what comes to the same. None for
     all others."""
-    found = _IMAGES.get(FORMS.get(method))
+    found = _IMAGES.get(_lora if method in _FREE else FORMS.get(method))
     return found(knobs) if found else None
 
 
@@ -283,3 +279,6 @@ _IMAGES: Mapping[Callable[[int, Any], Closed] | None, Callable[[Any], int]] = {
     _adalora: lambda knobs: knobs.init_r,
     _block_lora: lambda knobs: knobs.r // knobs.blocks,
 }
+
+# No row of FORMS: its code computes in single precision, where ranks are not clear.
+_FREE = ("deft",)  # P·(R − relu(P)ᵀ·W) with R free

@@ -67,8 +67,12 @@ class UpdateMap:
         return out
 
     def draw(self, rng: np.random.Generator, count: int) -> Array:
-        """`count` random θ (N, p), standard normal."""
-        return rng.standard_normal((count, self.size))
+        """`count` random θ (N, p)."""
+        return self.about(rng.standard_normal((count, self.size)))
+
+    def about(self, noise: Array) -> Array:
+        """θ of standard normal numbers; of smaller ones, nearer to where the method starts."""
+        return noise
 
 
 def generator(seed: int, *what: object) -> np.random.Generator:
