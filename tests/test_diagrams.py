@@ -26,4 +26,5 @@ def test_every_tensor_is_drawn_as_what_it_is(method):
     for r in rects:
         assert 0 <= float(r.get("x")) <= width - float(r.get("width"))
         assert 0 <= float(r.get("y")) <= height - float(r.get("height"))
-    assert width <= 470
+    assert width <= 505
+    assert set(method.product) <= told.keys()

@@ -27,6 +27,7 @@ class Vera(PeftMethod):
     knobs = VeraKnobs
     alone = True
     tensors = {"trained": {"b": "m", "d": "r"}, "frozen": {"A": "r × max n", "B": "max m × r", "W": "m × n"}}
+    product = ("b", "B", "d", "A")
     remark = "The random pair is drawn again from the seed when a file is loaded. Adapters of one model share the seed."
     peft_config = "VeraConfig"
 

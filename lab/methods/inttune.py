@@ -43,6 +43,7 @@ class Inttune(OwnMethod):
     learning_rate = 3e-3
     low_rank = True
     tensors = {"trained": {"N": "r × r"}, "frozen": {"B": "m × r", "A": "r × n", "start": "r × r"}}
+    product = ("B", "N", "A")
     remark = "The released code leaves W unreduced at the start; here the start value is taken off, so the core's start does not matter."
 
     def check(self, layer: Layer, knobs: InttuneKnobs) -> None:

@@ -43,6 +43,7 @@ class Lamda(OwnMethod):
     learning_rate = 1e-3
     low_rank = True
     tensors = {"trained": {"B": "m × r, at first", "S": "r × r"}, "frozen": {"A": "r × n", "start": "m × r, r"}}
+    product = ("B", "S", "A")
     remark = (
         "The release lacks the paper's spectral start and gradual freezing; order and pace of freezing are our reading."
         " Counts what is trained at the start; r² numbers are still trained at the end."

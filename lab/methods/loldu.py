@@ -43,6 +43,7 @@ class Loldu(OwnMethod):
     learning_rate = 3e-4
     low_rank = True
     tensors = {"trained": {"z": "r", "c": "1"}, "frozen": {"L": "m × r", "U": "r × n", "start": "r"}}
+    product = ("L", "z", "U")
     remark = "Counts r + 1 numbers a layer: the released code trains the factor c besides the diagonal."
 
     def check(self, layer: Layer, knobs: LolduKnobs) -> None:

@@ -46,6 +46,7 @@ class LoraSb(OwnMethod):
     identity_start = False
     needs = "gradient"
     tensors = {"trained": {"R": "r × r"}, "frozen": {"B": "m × r", "A": "r × n"}}
+    product = ("B", "R", "A")
     remark = (
         "Starts one step of size η away from the base, as the paper means it. The frozen factors come from data,"
         " so the file holds them too: it is as large as a LoRA's."

@@ -42,6 +42,7 @@ class LoraXs(OwnMethod):
     low_rank = True
     identity_start = False
     tensors = {"trained": {"R": "r × r"}, "frozen": {"B": "m × r", "A": "r × n"}}
+    product = ("B", "R", "A")
     remark = (
         "Starts at the base model up to noise of 1e-5, as the paper does; sigma = 0 removes it and changes nothing else."
         " The authors' code puts the singular values on the other side of R than their paper; this is the paper's form."

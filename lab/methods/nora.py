@@ -61,6 +61,7 @@ class Nora(OwnMethod):
         "trained": {"B′": "r_outer × r_inner", "A′": "r_inner × r_outer"},
         "frozen": {"B": "m × r_outer", "A": "r_outer × n", "W": "m × n"},
     }
+    product = ("B", "B′", "A′", "A")
     remark = (
         "The paper's equation 2 and Algorithm 1 do not type-check; this is the form of its equation 4 and of the"
         " authors' code. The start value is subtracted (identity_init), which the paper leaves open. The released code"

@@ -38,6 +38,7 @@ class Svfit(OwnMethod):
     learning_rate = 5e-3
     low_rank = True
     tensors = {"trained": {"sigma": "r"}, "frozen": {"U": "m × r", "V": "r × n", "start": "r"}}
+    product = ("U", "sigma", "V")
     remark = "No code was released; the paper takes ranks of several hundred, since each costs one number."
 
     def check(self, layer: Layer, knobs: SvfitKnobs) -> None:

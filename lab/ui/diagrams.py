@@ -10,7 +10,7 @@ from lab.ui.html import e
 
 SIDE = 84  # of W, and of whatever is as long as a side of W
 SOME, THIN = 40, 20  # of a side divided into blocks, and of one that has nothing to do with W's
-WIDEST = 430  # of a line of boxes
+WIDEST = 505  # of a line of boxes: NoRA's five
 LINE = SIDE + 40  # its height with the two lines of text below
 
 
@@ -32,10 +32,13 @@ class Box:
 
 
 def boxes(method: Method) -> list[Box]:
-    """W, then what is trained, then what else is frozen."""
+    """W, then the factors of the update in their order; else what is trained, then what else is frozen."""
     frozen = {name: shape for name, shape in method.tensors["frozen"].items() if name != "W"}
     parts = [_sized(n, s, True) for n, s in method.tensors["trained"].items()]
-    return [Box("W", "m × n", SIDE, SIDE, False), *parts, *(_sized(n, s, False) for n, s in frozen.items())]
+    parts += [_sized(n, s, False) for n, s in frozen.items()]
+    if order := method.product:
+        parts.sort(key=lambda box: order.index(box.name) if box.name in order else len(order))
+    return [Box("W", "m × n", SIDE, SIDE, False), *parts]
 
 
 def _sized(name: str, shape: str, trained: bool) -> Box:
