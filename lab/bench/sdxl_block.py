@@ -27,6 +27,7 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA, r 8, again": ("lora", {"r": 8}),
     "NoRA, r_outer 0.8, r_inner 4": ("nora", {"r_inner": 4}),
     "NoRA, r_outer 128, r_inner 4": ("nora", {"r_outer": 128, "r_inner": 4}),
+    "NoRA, r_outer 128, r_inner 40 (preset)": ("nora", {"r_outer": 128, "r_inner": 40}),
     "NOLA, hadamard, r 8": ("nola", {"r": 8, "basis": "hadamard"}),
     "NOLA, shared, r 8": ("nola", {"r": 8, "basis": "shared"}),
     "PRANC, hadamard": ("pranc", {"basis": "hadamard"}),
