@@ -21,11 +21,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from lab import hub
 from lab.errors import LabError
 from lab.registry import Registry, unknown
+
+if TYPE_CHECKING:
+    from lab.methods import Method
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
@@ -84,6 +87,10 @@ class Base:
 
     def preset(self, task: str) -> dict[str, Any]:
         return self.presets.get(task, {})
+
+    def learning_rate(self, method: Method) -> float:
+        """The rate to train a subject with on this base: its own for the method, or the method's."""
+        return self.preset("learning_rates").get(method.id, method.learning_rate)
 
     def load(self, device: Any = None, dtype: Any = None, told: Callable[[int, int], None] | None = None) -> Any:
         """The model, e.g. a StableDiffusionXLPipeline, on `device` (default: the lab's) with weights in `dtype`.

@@ -298,8 +298,7 @@ def _learning_rates(base: Base, methods: dict[str, Any], given: Any) -> dict[str
     for id in by_method:
         if id not in methods:
             raise LabError(f"A learning rate was given for {id}, which is not among the methods {', '.join(methods)}.")
-    preset = base.preset("learning_rates")
-    rates = {id: by_method.get(id, preset.get(id, METHODS[id].learning_rate)) for id in methods}
+    rates = {id: by_method.get(id, base.learning_rate(METHODS[id])) for id in methods}
     return {id: _number(f"The learning rate of {id}", rate, 1e-8, 100) for id, rate in rates.items()}
 
 

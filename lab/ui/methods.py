@@ -6,11 +6,13 @@ from typing import Any
 
 import gradio as gr
 
+from lab.bases import BASES
 from lab.methods import METHODS, Layer, Method
 from lab.registry import unknown
 from lab.ui import Page, Tab, choices
 from lab.ui.diagrams import diagram
 from lab.ui.html import dot, e, empty, sentences, view
+from lab.ui.settings import DEFAULT_BASE
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 SHOWN = Layer("attention projection", 1280, 1280, role="q")  # SDXL's most frequent adapted layer
@@ -110,9 +112,10 @@ def card_settings(method: Method) -> str:
         for k in choices.knobs(method)
     )
     body = f'<table class="data"><thead><tr><th>Setting</th><th>Default</th><th>Meaning</th></tr></thead><tbody>{rows}</tbody></table>'
-    rate = f"<p><small>Recommended learning rate on the embedded base: {method.learning_rate:g}</small></p>"
+    rate = BASES[DEFAULT_BASE].learning_rate(method)
+    told = f"<p><small>Recommended learning rate for a subject on the embedded base: {rate:g}</small></p>"
     inside = body if rows else '<p style="padding:14px">This method has no settings.</p>'
-    return f'<div class="lab" style="display:grid;gap:8px"><div class="scroll">{inside}</div>{rate}</div>'
+    return f'<div class="lab" style="display:grid;gap:8px"><div class="scroll">{inside}</div>{told}</div>'
 
 
 def _default(value: Any) -> str:
