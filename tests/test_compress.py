@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from lab.cli import main
 from lab.compress import FITS, compress
 from lab.errors import LabError
 from lab.methods import METHODS, adapters
 from lab.methods.deltas import Delta, deltas
+from tests.compress_helpers import dense, low_rank, net
 
 SIZES = {  # settings for the reach test; budgets that every method can spend on the small network
     "lora": {"r": 3},
@@ -28,32 +28,6 @@ BUDGETS = (200, 600, 1600)
 pytestmark = pytest.mark.usefixtures("module_home", "one_thread")
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.to_q = nn.Linear(24, 32, bias=False)
-        self.to_k = nn.Linear(24, 16)
-        self.conv1 = nn.Conv2d(4, 16, 3)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.block = Block()
-
-
-def net():
-    torch.manual_seed(0)
-    return Net()
-
-
-def low_rank(m, n, r, seed, shape=None):
-    draw = torch.Generator().manual_seed(seed)
-    B = torch.randn(m, r, generator=draw) * 0.5 ** torch.arange(r)
-    A = torch.randn(r, n, generator=draw)
-    return Delta(lambda: (B @ A).reshape(shape or (m, n)), lambda: (B, A))
-
-
 def updates(seed=1):
     full = 0.1 * torch.randn(16, 4, 3, 3, generator=torch.Generator().manual_seed(seed + 9))
     return {
@@ -61,10 +35,6 @@ def updates(seed=1):
         "block.to_k": low_rank(16, 24, 6, seed + 1),
         "block.conv1": Delta(lambda: full, lambda: None),
     }
-
-
-def dense(delta):
-    return delta.dense().double().flatten(1)
 
 
 def relative(made, goals):
@@ -330,89 +300,3 @@ def test_progress_is_told_and_can_stop_it(tmp_path):
     assert phases[0] == "reading the update"
     assert not (tmp_path / "out").exists()
     assert type(network.block.to_q) is nn.Linear
-
-
-# -- files and the command line -----------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def fox(tmp_path_factory):
-    """A LoRA of the embedded base as kohya's programs write it."""
-    from lab import targets
-    from lab.bases import BASES
-    from lab.export import export
-
-    unet = BASES["tiny-sdxl"].load("cpu", torch.float32).unet
-    folder = tmp_path_factory.mktemp("fox")
-    method = METHODS["lora"]
-    model = method.attach(unet, method.knobs.parse({"r": 2}), targets.modules(unet, "attn")[::20], seed=0)
-    draw = torch.Generator().manual_seed(3)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = torch.randn(p.shape, generator=draw) * 0.1
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = "tiny-sdxl"
-    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    model.unload()
-    (file,) = export(folder / "adapter", "kohya", folder / "fox.safetensors")["files"]
-    return file
-
-
-def test_command_line_compresses_a_file_and_exports_the_result(fox, tmp_path, capsys):
-    from lab.export import export
-
-    assert (
-        main(["compress", fox, "--method", "nora", "--budget", "600", "--out", str(tmp_path / "small"), "--json"]) == 0
-    )
-    found = json.loads(capsys.readouterr().out)
-    assert found["base"] == "tiny-sdxl"
-    assert found["original"]["parameters"] > 2 * found["parameters"]
-    assert found["original"]["bytes"] > 0
-    assert 0 < found["relative_error"] < 1
-    assert json.loads((tmp_path / "small" / "report.json").read_text()) == found
-    assert export(tmp_path / "small", "diffusers", tmp_path / "out")["relative_error"] < 1e-6
-    assert main(["compress", fox, "--method", "nora", "--budget", "600", "--out", str(tmp_path / "small")]) == 2
-    assert "not empty" in capsys.readouterr().err
-
-
-def test_command_line_draws_before_and_after(fox, tmp_path, capsys):
-    from PIL import Image
-
-    words = ["--prompt", "a fox", "--seeds", "3", "--set", "r=2", "--out", str(tmp_path / "same")]
-    assert main(["compress", fox, "--method", "lora", *words]) == 0
-    assert "relative error" in capsys.readouterr().out
-    sheet = Image.open(tmp_path / "same" / "pictures.png").convert("RGB")
-    base, before, after = (sheet.crop((8 + i * 208, 86, 200 + i * 208, 278)) for i in range(3))
-    assert before.tobytes() != base.tobytes()
-    apart = torch.frombuffer(bytearray(before.tobytes()), dtype=torch.uint8).int()
-    apart -= torch.frombuffer(bytearray(after.tobytes()), dtype=torch.uint8).int()
-    assert apart.abs().float().mean() < 0.5  # the same update in another file, but for rounding in 25 steps
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--method", "nora"], "how small"),
-        (["--method", "dora", "--budget", "100"], "dora"),
-        (["--method", "lora", "--budget", "many"], "number"),
-        (["--method", "nora", "--budget", "900", "--base", "tiny-clip"], "CLIP"),
-    ],
-)
-def test_command_line_bad_input(fox, words, said, tmp_path, capsys):
-    assert main(["compress", fox, *words, "--out", str(tmp_path / "x")]) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
-
-
-def test_text_encoders_are_compressed_too(small_sdxl, tmp_path):
-    from lab.compress._files import network
-
-    names = [
-        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
-        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
-    ]
-    sides = [32, 64]
-    goals = {name: low_rank(d, d, 3, i) for i, (name, d) in enumerate(zip(names, sides, strict=True))}
-    whole = network(small_sdxl, goals)
-    found = compress(whole, goals, "nora", 400, tmp_path)
-    assert [r["layer"] for r in found["layers"]] == names
-    assert all(r["relative_error"] < 1 for r in found["layers"])

@@ -13,7 +13,7 @@ from lab.errors import LabError
 from lab.merge import HOW, check, merge, save
 from lab.methods import METHODS
 from lab.methods.deltas import Delta, deltas
-from tests.test_compress import dense, fox, low_rank, net  # noqa: F401 - fox is a fixture
+from tests.compress_helpers import dense, fox_file, low_rank, net  # noqa: F401 - fox_file is a fixture
 
 pytestmark = pytest.mark.usefixtures("module_home", "one_thread")
 
@@ -168,7 +168,7 @@ def test_settings_are_checked_before_files_are_read():
 
 
 # -- files and the command line -----------------------------------------------------------------------------------
-def test_command_line_merges_and_exports(fox, tmp_path, capsys):  # noqa: F811
+def test_command_line_merges_and_exports(fox, tmp_path, capsys):
     from safetensors.torch import load_file
 
     from lab.adapter_files import read
@@ -199,7 +199,7 @@ def test_command_line_merges_and_exports(fox, tmp_path, capsys):  # noqa: F811
         (["--density", "2", "--how", "dare"], "density"),
     ],
 )
-def test_command_line_bad_input(fox, words, said, tmp_path, capsys):  # noqa: F811
+def test_command_line_bad_input(fox, words, said, tmp_path, capsys):
     assert main(["merge", fox, fox, *words, "--out", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
     assert said in error
