@@ -25,7 +25,14 @@ register(
             "fewshot": {
                 "preset": "short",
                 # Where the preset's 3e-3 is not the method's: `python -m lab bench fewshot_sweep`.
-                "learning_rates": {"lora": 1e-2, "nora": 5e-3, "nola": 2e-2, "vera": 5e-2, "adalora": 1e-2, "lora-fa": 2e-2},
+                "learning_rates": {
+                    "lora": 1e-2,
+                    "nora": 5e-3,
+                    "nola": 2e-2,
+                    "vera": 5e-2,
+                    "adalora": 1e-2,
+                    "lora-fa": 2e-2,
+                },
             }
         },
         order=11,
