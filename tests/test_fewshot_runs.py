@@ -356,3 +356,6 @@ def test_measured_table_tells_what_lies_beyond_the_noise():
     text = "\n".join(fewshot_table.lines(made | {"preset": "short"}))
     assert "| LoRA | 10 | **31.0 ± 1.0** | **41.0 ± 1.0** | yes | yes | yes | 2.0 |" in text
     assert "36 CPU seconds in all" in text
+    (pooled,) = made["together"]  # means 27.0, 28.0, 27.5 and 32.5, 32.5, 33.5
+    assert (*pooled["above_zero_shot"], pooled["more_shots_better"]) == (True, True, True)
+    assert "| All 2 adapters, mean | 10 | 27.5 ± 0.5 | 32.8 ± 0.6 | yes | yes | yes | 2.0 |" in text

@@ -62,34 +62,53 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def report(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Records of finished runs → {"rows": one a method, "runs", "cpu_seconds"}; a verdict is True only beyond the noise
-    (`lab.clip.table.above`)."""
+    (`lab.clip.table.above`). "together": the row of all adapters' mean, where there are several."""
     from lab.clip import table
 
-    heads = table.columns(found)
-    rows = table.rows(found)
+    heads, rows, pooled = table.columns(found), table.rows(found), _pooled(found)
     zero = next((row["cells"] for row in rows if row["method"] == "zero-shot"), {})
-    made = []
-    for row in rows:
-        cells = row["cells"]
-        own = [r for r in found if r["method"] == row["method"]]
-        most = max(cells, key=lambda key: key[1])
-        least = min(cells, key=lambda key: key[1])
-        made.append(
-            {
-                "method": row["method"],
-                "name": row["name"],
-                "trainable_parameters": row["trainable_parameters"],
-                "cells": [table.cell(cells.get(key), "**", "**", "<u>", "</u>") for key in heads],
-                "above_zero_shot": [
-                    key in cells and key in zero and table.above(cells[key]["values"], zero[key]["values"])
-                    for key in heads
-                ],
-                "more_shots_better": most != least and table.above(cells[most]["values"], cells[least]["values"]),
-                "seconds": round(sum(r["cpu_seconds"] for r in own) / len(own), 1),
-            }
-        )
+    made = [_row(row, [r for r in found if r["method"] == row["method"]], heads, zero) for row in rows]
+    together = [_row(row, pooled, heads, zero) for row in table.rows(pooled)]
     total = sum(r["cpu_seconds"] for r in found)
-    return {"heads": heads, "rows": made, "runs": len(found), "cpu_seconds": round(total)}
+    return {"heads": heads, "rows": made, "together": together, "runs": len(found), "cpu_seconds": round(total)}
+
+
+def _pooled(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A record for each number of shots and seed: the mean over all adapters, as if they were one method. A seed's adapters
+    learn from the same pictures, so that only seeds are counted as repetitions. Of runs that are all there."""
+    from lab.methods import METHODS
+
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in found:
+        if record["method"] in METHODS or record["method"] == "clip-lora":
+            groups.setdefault((record["dataset"], record["shots"], record["seed"]), []).append(record)
+    most = max(map(len, groups.values()), default=0)
+    means = ("accuracy", "trainable_parameters", "train_seconds", "cpu_seconds")
+    return [
+        group[0]
+        | {"method": "adapters", "name": f"All {most} adapters, mean"}
+        | {key: sum(record[key] for record in group) / most for key in means}
+        for group in groups.values()
+        if len(group) == most > 1
+    ]
+
+
+def _row(row: dict[str, Any], own: list[dict[str, Any]], heads: list[Any], zero: dict[Any, Any]) -> dict[str, Any]:
+    from lab.clip import table
+
+    cells = row["cells"]
+    most, least = max(cells, key=lambda key: key[1]), min(cells, key=lambda key: key[1])
+    return {
+        "method": row["method"],
+        "name": row["name"],
+        "trainable_parameters": round(row["trainable_parameters"]),
+        "cells": [table.cell(cells.get(key), "**", "**", "<u>", "</u>") for key in heads],
+        "above_zero_shot": [
+            key in cells and key in zero and table.above(cells[key]["values"], zero[key]["values"]) for key in heads
+        ],
+        "more_shots_better": most != least and table.above(cells[most]["values"], cells[least]["values"]),
+        "seconds": round(sum(r["cpu_seconds"] for r in own) / len(own), 1),
+    }
 
 
 def lines(made: dict[str, Any]) -> list[str]:
@@ -98,7 +117,7 @@ def lines(made: dict[str, Any]) -> list[str]:
     head = ["Method", "Parameters", *(f"{k} shots" for k in shots), *(f"above zero-shot at {k}" for k in shots)]
     head += [f"{shots[-1]} above {shots[0]}", "CPU s a run"]
     body = []
-    for row in made["rows"]:
+    for row in (*made["rows"], *made.get("together", [])):
         verdicts = ["yes" if it else "no" for it in (*row["above_zero_shot"], row["more_shots_better"])]
         verdicts = ["", "", ""] if row["method"] == "zero-shot" else verdicts
         cells = [row["name"], f"{row['trainable_parameters']:,}", *row["cells"], *verdicts, f"{row['seconds']:.1f}"]
