@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -125,7 +126,8 @@ def _eight_layers(method: Any) -> Any:
 
 
 def file_overheads() -> list[dict[str, Any]]:
-    """Bytes of saved adapters beyond parameters × bytes a parameter and their names, on a model of 8 layers."""
+    """Bytes of saved adapters beyond parameters × bytes a parameter and their names, on a model of 8 layers. "stored": bytes
+    of frozen tensors that came from data, so that nothing else could make them again; they are no part of "beyond"."""
     from safetensors import safe_open
 
     rows = []
@@ -135,9 +137,12 @@ def file_overheads() -> list[dict[str, Any]]:
             made.save_pretrained(folder, save_embedding_layers=False)
             path = Path(folder) / "adapter_model.safetensors"
             with safe_open(str(path), "pt") as file:
-                names = sum(len(k) for k in file.keys())  # noqa: SIM118
+                sizes = {k: 4 * math.prod(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+            trained = {n.replace(".default", "") for n, p in made.named_parameters() if p.requires_grad}
             parameters = sum(p.numel() * 4 for p in made.parameters() if p.requires_grad)
-            rows.append(
-                {"method": method.id, "beyond": path.stat().st_size - parameters - names, "parameters": parameters // 4}
-            )
+            extra = ("checksum", "fingerprint")
+            held = made.peft_config["default"].stored
+            stored = sum(size for k, size in sizes.items() if held and k not in trained and not k.endswith(extra))
+            beyond = path.stat().st_size - parameters - sum(map(len, sizes)) - stored
+            rows.append({"method": method.id, "parameters": parameters // 4, "beyond": beyond, "stored": stored})
     return rows

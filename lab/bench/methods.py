@@ -112,9 +112,12 @@ def lines(name: str, found: Any) -> list[str]:
         head = [
             "## Bytes of a file beyond its parameters and tensor names (8 layers)",
             "",
-            "| method | parameters | bytes beyond |",
+            "Stored: frozen factors that come from a batch of data, which nobody can make again from the base.",
+            "",
+            "| method | parameters | bytes beyond | bytes stored |",
+            "|-|-:|-:|-:|",
         ]
-        return [*head, "|-|-:|-:|", *(f"| {r['method']} | {r['parameters']} | {r['beyond']} |" for r in found)]
+        return [*head, *(f"| {r['method']} | {r['parameters']} | {r['beyond']} | {r['stored'] or ''} |" for r in found)]
     head = [
         "## NoRA's start on 560 projections of SDXL's shapes",
         "",
