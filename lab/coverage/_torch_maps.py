@@ -20,7 +20,7 @@ from lab.methods.spec import Method
 
 NAME = "layer"
 BATCH = 1024  # entries of ΔW that are differentiated at once, backwards
-NUMBERS = 1 << 20  # of a Jacobian that are computed at once, forwards
+NUMBERS = 1 << 20  # of updates, or of a Jacobian forwards, that are computed at once
 ROUNDING = 1e-6  # share of ΔW: what rounding in single precision leaves of linearity
 
 
@@ -33,11 +33,24 @@ class CodeMap(UpdateMap):
     scale: Array = field(default_factory=lambda: np.zeros(0))
 
     def delta(self, theta: Array) -> Array:
+        points = torch.from_numpy(np.ascontiguousarray(theta))
         with torch.no_grad():
-            rows = [self.evaluate(torch.from_numpy(row)).reshape(-1).numpy() for row in np.ascontiguousarray(theta)]
-        made = np.stack(rows).astype(np.float64) if rows else np.empty((0, self.d**2))
+            made = self._batched(points) if len(points) > 1 else self._each(points)
+        made = made.numpy().astype(np.float64)
         # What is left of W − W is rounding, not an update (BitFit).
         return np.where(np.linalg.norm(made, axis=1, keepdims=True) > 1e-10, made, 0.0)
+
+    def _flat(self, point: torch.Tensor) -> torch.Tensor:
+        return self.evaluate(point).reshape(-1)
+
+    def _each(self, points: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._flat(p) for p in points]) if len(points) else points.new_empty((0, self.d**2))
+
+    def _batched(self, points: torch.Tensor) -> torch.Tensor:
+        try:
+            return torch.func.vmap(self._flat, chunk_size=max(1, NUMBERS // self.d**2))(points)
+        except RuntimeError:  # an operation that cannot be batched, or draws random numbers
+            return self._each(points)
 
     def jacobian(self, theta: Array) -> Array:
         """By automatic differentiation, many directions at once: forwards, or backwards where a method's code has
@@ -50,13 +63,13 @@ class CodeMap(UpdateMap):
 
     def _forwards(self, point: torch.Tensor) -> Array:
         def pushed(direction: torch.Tensor) -> torch.Tensor:
-            return torch.func.jvp(lambda t: self.evaluate(t).reshape(-1), (point,), (direction,))[1]
+            return torch.func.jvp(self._flat, (point,), (direction,))[1]
 
         push = torch.func.vmap(pushed, chunk_size=max(1, NUMBERS // self.d**2))
         return push(torch.eye(self.size, dtype=point.dtype)).double().numpy()
 
     def _backwards(self, point: torch.Tensor) -> Array:
-        out = self.evaluate(point).reshape(-1)
+        out = self._flat(point)
         if not out.requires_grad:
             return np.zeros((self.size, len(out)))
         whole = torch.eye(len(out), dtype=out.dtype)
