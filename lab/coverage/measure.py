@@ -107,8 +107,10 @@ def span(
     Samples are drawn until there are more of them than dimensions: an eighth more than `expected` (a closed form) at
     first, and twice as many again while they all turn out to be independent. At most an eighth more than d², the whole
     space, so that a full span stays well conditioned. Without `values` a span that is expected to be everything is
-    certified to be (`fills`), where it is, without its spectrum.
+    certified to be (`fills`), where it is, without its spectrum. A linear map's span is its Jacobian's.
     """
+    if update.linear:
+        return span_by_tangents(update, seed, update.size)
     whole = update.d**2
     rng = generator(seed, "samples", update.d, update.size)
     most = whole + max(EXTRA, whole // 8)
