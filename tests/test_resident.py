@@ -122,7 +122,7 @@ def test_few_shot_runs_share_the_model(
     store: Store, home: Path, local: Local, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.delenv("LAB_EXTRA_TASKS")
-    spec = {"dataset": "digits", "methods": {"full": {}, "lora": {}}, "shots": [1], "seeds": [1], "steps": 4}
+    spec = {"dataset": "openmoji", "methods": {"full": {}, "lora": {}}, "shots": [1], "seeds": [1], "steps": 4}
 
     def results() -> list[dict[str, bytes]]:
         store.submit(ME, "fewshot", spec, [])
