@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             row = {"method": id, "own_code": apart.needed(id)} | _seconds(id, args.d, args.target)
             print(row, file=sys.stderr, flush=True)
             rows.append(row)
-    result = {"d": args.d, "target": args.target, "curves": rows}
+    result = {"d": args.d, "target": args.target, "chosen": args.method or [], "curves": rows}
     if args.write:
         _tables.write(PAGE, f"d{args.d}", "\n".join(lines(result)), HEAD)
     return result
@@ -74,10 +74,11 @@ def lines(result: dict[str, Any]) -> list[str]:
     """The table in Markdown."""
     made = [row for row in result["curves"] if "error" not in row]
     none = [row["method"] for row in result["curves"] if "error" in row]
+    some = "".join(f" --method {id}" for id in result["chosen"])
     return [
         f"## A curve at d = {result['d']}",
         "",
-        f"`OMP_NUM_THREADS=1 python -m lab bench coverage --d {result['d']} --write`: ten parameter counts up to d², CPU "
+        f"`OMP_NUM_THREADS=1 python -m lab bench coverage --d {result['d']}{some} --write`: ten parameter counts up to d², CPU "
         f"seconds of one thread; fitted to {_target(result['target'])}. Own code: measured on the layer itself, not on an equation.",
         "",
         "| method | own code | measured, s | fitted, s | points fitted |",
