@@ -40,24 +40,31 @@ def dense(delta):
     return delta.dense().double().flatten(1)
 
 
+def saved_lora(unet, base, every, size, folder):
+    """A LoRA with random numbers on each `every`-th attention layer, as PEFT saves it; its folder."""
+    from lab import targets
+
+    method = METHODS["lora"]
+    model = method.attach(unet, method.knobs.parse({"r": 2}), targets.modules(unet, "attn")[::every], seed=0)
+    draw = torch.Generator().manual_seed(3)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = torch.randn(p.shape, generator=draw) * size
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    model.unload()
+    return folder / "adapter"
+
+
 @pytest.fixture(name="fox", scope="module")
 def fox_file(tmp_path_factory):
     """A LoRA of the embedded base as kohya's programs write it."""
-    from lab import targets
     from lab.bases import BASES
     from lab.export import export
 
     unet = BASES["tiny-sdxl"].load("cpu", torch.float32).unet
     folder = tmp_path_factory.mktemp("fox")
-    method = METHODS["lora"]
-    model = method.attach(unet, method.knobs.parse({"r": 2}), targets.modules(unet, "attn")[::20], seed=0)
-    draw = torch.Generator().manual_seed(3)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = torch.randn(p.shape, generator=draw) * 0.1
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = "tiny-sdxl"
-    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    model.unload()
-    (file,) = export(folder / "adapter", "kohya", folder / "fox.safetensors")["files"]
+    adapter = saved_lora(unet, "tiny-sdxl", 20, 0.1, folder)
+    (file,) = export(adapter, "kohya", folder / "fox.safetensors")["files"]
     return file

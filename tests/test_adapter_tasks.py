@@ -14,6 +14,7 @@ from lab.runs import Store
 from lab.tasks import TASKS, PlannedRun
 from lab.tasks._adapters import as_inputs, sources
 from lab.ui import _xray_compress, _xray_jobs, _xray_merge
+from tests.compress_helpers import saved_lora
 
 pytestmark = pytest.mark.usefixtures("module_home", "one_thread")
 
@@ -21,22 +22,8 @@ pytestmark = pytest.mark.usefixtures("module_home", "one_thread")
 @pytest.fixture(scope="module")
 def fox(small_sdxl, tmp_path_factory):
     """A LoRA of the small base, as PEFT saves it."""
-    from lab import targets
-    from lab.methods import METHODS
-
     unet = small_sdxl.load("cpu", torch.float32).unet
-    method = METHODS["lora"]
-    model = method.attach(unet, method.knobs.parse({"r": 2}), targets.modules(unet, "attn")[::3], seed=0)
-    draw = torch.Generator().manual_seed(3)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = torch.randn(p.shape, generator=draw) * 0.3
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = "small-sdxl"
-    folder = tmp_path_factory.mktemp("fox") / "adapter"
-    model.save_pretrained(folder, save_embedding_layers=False)
-    model.unload()
-    return folder
+    return saved_lora(unet, "small-sdxl", 3, 0.3, tmp_path_factory.mktemp("fox"))
 
 
 def quiet(done, total, **values):

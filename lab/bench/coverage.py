@@ -65,13 +65,15 @@ def _seconds(id: str, d: int, target: str) -> dict[str, Any]:
         fitted = curves.curve(id, d, counts, seed=1, target=target)
     except LabError as problem:
         return {"error": str(problem)}
-    points = sum(row.get("error") is not None for row in fitted)
     end = time.process_time()
+    points = sum(row.get("error") is not None for row in fitted)
     return {"measured": round(middle - began, 2), "fitted": round(end - middle, 2), "points": points}
 
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The table in Markdown."""
+    from lab.coverage.fit import TARGETS
+
     made = [row for row in result["curves"] if "error" not in row]
     none = [row["method"] for row in result["curves"] if "error" in row]
     some = "".join(f" --method {id}" for id in result["chosen"])
@@ -79,7 +81,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"## A curve at d = {result['d']}",
         "",
         f"`OMP_NUM_THREADS=1 python -m lab bench coverage --d {result['d']}{some} --write`: ten parameter counts up to d², CPU "
-        f"seconds of one thread; fitted to {_target(result['target'])}. Own code: measured on the layer itself, not on an equation.",
+        f"seconds of one thread; fitted to {TARGETS[result['target']]}. Own code: measured on the layer itself, not on an equation.",
         "",
         "| method | own code | measured, s | fitted, s | points fitted |",
         "|-|-|-:|-:|-:|",
@@ -90,12 +92,6 @@ def lines(result: dict[str, Any]) -> list[str]:
         "",
         f"No change of one weight, so without a curve: {', '.join(none) or 'none'}.",
     ]
-
-
-def _target(name: str) -> str:
-    from lab.coverage.fit import TARGETS
-
-    return TARGETS[name]
 
 
 def show(result: dict[str, Any]) -> None:

@@ -30,12 +30,13 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     import time
     from statistics import fmean
 
+    from lab.cli import parse_numbers
     from lab.tasks import TASKS, _fewshot_run
     from lab.tasks.fewshot import recipe
 
     spec = {"methods": args.method, "base": args.base, "preset": "short", "shots": [args.shots], "steps": args.steps}
     spec = TASKS["fewshot"].check(spec | {"batch": args.batch})
-    drawn = [_episode(spec, args.shots, int(seed)) for seed in args.seeds.split(",")]
+    drawn = [_episode(spec, args.shots, seed) for seed in parse_numbers(args.seeds, "--seeds")]
     rows = []
     for id in args.method:
         for rate in map(float, args.rates.split(",")):

@@ -83,7 +83,7 @@ def _pooled(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if record["method"] in METHODS or record["method"] == "clip-lora":
             groups.setdefault((record["dataset"], record["shots"], record["seed"]), []).append(record)
     most = max(map(len, groups.values()), default=0)
-    means = ("accuracy", "trainable_parameters", "train_seconds", "cpu_seconds")
+    means = ("accuracy", "trainable_parameters", "cpu_seconds")
     return [
         group[0]
         | {"method": "adapters", "name": f"All {most} adapters, mean"}
@@ -117,7 +117,7 @@ def lines(made: dict[str, Any]) -> list[str]:
     head = ["Method", "Parameters", *(f"{k} shots" for k in shots), *(f"above zero-shot at {k}" for k in shots)]
     head += [f"{shots[-1]} above {shots[0]}", "CPU s a run"]
     body = []
-    for row in (*made["rows"], *made.get("together", [])):
+    for row in (*made["rows"], *made["together"]):
         verdicts = ["yes" if it else "no" for it in (*row["above_zero_shot"], row["more_shots_better"])]
         verdicts = ["", "", ""] if row["method"] == "zero-shot" else verdicts
         cells = [row["name"], f"{row['trainable_parameters']:,}", *row["cells"], *verdicts, f"{row['seconds']:.1f}"]

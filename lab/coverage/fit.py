@@ -196,8 +196,8 @@ def nonlinear(
     starts: Sequence[float] = STARTS,
     settled: float = SETTLED,
 ) -> float:
-    """Levenberg–Marquardt with the exact Jacobian, from a random point and from one near the method's own start; the better
-    one, so an upper bound."""
+    """Levenberg–Marquardt with the exact Jacobian, from a random point for each of `starts`, at 1 as far from the method's own
+    start as its draws are; the best of them, so an upper bound. It ends when a step takes off less than `settled`."""
     t, found = goal.ravel(), []
     for number, size in enumerate(starts):
         noise = size * generator(seed, "fit", number, update.d, update.size).standard_normal(update.size)

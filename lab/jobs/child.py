@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
 
 def attempt(home: Path, run_id: str, parent: int = 0) -> int:
     """Do the attempt that the orders tell of, in this process; its exit code. SIGTERM stops it."""
-    orders = read_orders(home, run_id)
+    orders, path = read_orders(home, run_id), orders_path(home, run_id)
     folder, over = home / orders["folder"], threading.Event()
     with contextlib.suppress(OSError):
         (folder / "pid").write_text(str(os.getpid()))
@@ -112,9 +112,7 @@ def attempt(home: Path, run_id: str, parent: int = 0) -> int:
     progress = Progress(folder / "progress.json")
     signal.signal(signal.SIGTERM, lambda *_: setattr(progress, "stopping", True))
     progress.beat()
-    watch = threading.Thread(
-        target=_watch, args=(progress, parent, orders_path(home, run_id), orders["token"], over), daemon=True
-    )
+    watch = threading.Thread(target=_watch, args=(progress, parent, path, orders["token"], over), daemon=True)
     watch.start()
     try:
         write_json(folder / "result.json", _finite(_run(home, orders, folder, progress)))
@@ -124,7 +122,7 @@ def attempt(home: Path, run_id: str, parent: int = 0) -> int:
         code, message = DONE, ""
     over.set()
     watch.join()  # nothing is written once the end is told
-    if _replaced(orders_path(home, run_id), orders["token"]):
+    if _replaced(path, orders["token"]):
         return CANCELLED  # the end of the attempt in its place is the one to be told
     progress.beat()  # where it ended
     return _tell(folder, orders["token"], code, message)

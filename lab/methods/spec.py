@@ -146,9 +146,7 @@ class Method:
     equation: str  # LaTeX, without dollar signs
     knobs: type[Knobs] = Knobs
     tensors: dict[str, dict[str, str]]  # of "trained" and "frozen": name → shape, for the page's drawing
-    product: tuple[
-        str, ...
-    ] = ()  # tensors in the order in which the update multiplies them, where they are not listed so
+    product: tuple[str, ...] = ()  # tensors as the update multiplies them, where `tensors` has another order
     learning_rate: float = 1e-3  # recommended, on the embedded base (a recorded sweep)
     own: bool = False  # ours, not PEFT's
     low_rank: bool = False  # ΔW is exactly of rank `rank(...)`: exports as LoRA without loss

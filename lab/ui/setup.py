@@ -107,8 +107,8 @@ def build() -> Setup:
             summary = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="summary")
             train = gr.Button("Train", variant="primary", size="lg", elem_id="train", elem_classes="train")
             notice = _sentences("notice")
-    form = {"pictures": pictures, "class_word": class_word, "trigger": trigger, "picker": picker}
-    form = form | {"adapters": adapters} | controls
+    form = {"pictures": pictures, "class_word": class_word, "trigger": trigger, "picker": picker, "adapters": adapters}
+    form = form | controls
     return Setup(form, files, gallery, send, summary, train, unused, unused_adapters, notice)
 
 

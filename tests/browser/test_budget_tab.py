@@ -120,9 +120,8 @@ def test_bad_input_is_one_sentence(visit: Any, tmp_path: Path) -> None:
         (deep, "nested more than 32 deep"),
         (b'{"model_type": "model-of-tomorrow", "auto_map": {"AutoModel": "a--b.C"}}', "knows no model type"),
     ):
-        config = (
-            tmp_path / "config.json"
-        )  # a path: bytes would travel to the browser as text, a minute for the large one
+        # A path: bytes would travel to the browser as text, a minute for the large one.
+        config = tmp_path / "config.json"
         config.write_bytes(content)
         page.locator(".drop input").set_input_files(config)
         page.locator(".told .notice.bad", has_text=said).wait_for()

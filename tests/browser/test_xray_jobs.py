@@ -75,7 +75,7 @@ def test_compress_merge_take_and_open_again(page_address: str, tmp_path: Path) -
         for row in rows.all():
             taken(page, row, tmp_path)
 
-        # Merge: the exact sum, without pictures.
+        # Merge: the exact sum, then TIES; without pictures.
         page.locator("#xray-merge > button").click()
         page.locator("#xray-merge-others input").click()
         page.locator("#xray-merge-others [role=option]", has_text="blue car").click()
@@ -85,6 +85,11 @@ def test_compress_merge_take_and_open_again(page_address: str, tmp_path: Path) -
         (row,) = finished(page, "merge", "Merge red fox + blue car", 1).all()
         assert "exact but for rounding" in row.inner_text()
         taken(page, row, tmp_path)
+
+        page.locator("#xray-merge-how label", has_text="TIES").click()
+        page.locator("#xray-merge-start").click()
+        page.locator("#xray-merge-panel tr[data-done]", has_text="ties, rank 3").wait_for(timeout=JOB_S * 1000)
+        taken(page, page.locator("#xray-merge-panel tr[data-done]").first, tmp_path)
 
         # What was made stands in the list of adapters, and opens by a click.
         page.reload()
