@@ -186,4 +186,7 @@ def test_bad_input_is_told_beside_the_button(page_address: str, chrome: Any) -> 
     page.locator("#notice .notice", has_text="steps must be between 1").wait_for()
     assert page.locator("#queue table").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out on a phone
+    page.goto(f"{page_address}?tab=methods")
+    page.locator("svg.diagram").first.wait_for()
+    assert page.evaluate("document.querySelector('svg.diagram').getBoundingClientRect().right <= innerWidth")
     context.close()
