@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,13 @@ def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Serves a model as the Hub would, to an empty cache: a function of what the hub is to be like."""
     from huggingface_hub import constants
 
-    made = []
+    made, hubs = [], []
 
     def make(models: dict[str, Path], **options: Any) -> Hub:
         context = serving(Hub(models, **options))
         served = context.__enter__()
         made.append(context)
+        hubs.append(served)
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
         template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -45,6 +47,11 @@ def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield make
+    for served in hubs:
+        served.slow = 0.0
+    for thread in threading.enumerate():  # of a cancelled download: the next test's requests would share its session
+        if thread.name == "download":
+            thread.join(30)
     for context in made:
         context.__exit__(None, None, None)
 
